@@ -1,0 +1,56 @@
+"""Probabilistic programming for Bayesian reward modelling.
+
+Declare a `RewardModel` (prior x reward function x preference likelihood), `fit` it with any inference engine, and use the
+`Posterior`: beliefs about the rewards of candidates, predictions of feedback, decisions by `select`.
+
+Example:
+    >>> import bayesrm as brm, numpy as np
+    >>> features = np.random.default_rng(0).normal(size=(6, 2))
+    >>> data = brm.Comparisons.from_arrays(features, candidates=[[0, 1], [2, 3], [4, 5]], outcome=[0, 1, 0])
+    >>> model = brm.RewardModel(reward=brm.rewards.Linear(), likelihood=brm.likelihoods.BradleyTerry())
+    >>> posterior = brm.fit(model, data, inference=brm.Laplace(structure="full"), seed=0)
+    >>> belief = posterior.predict(candidates=[features])
+    >>> brm.select(belief, rule=brm.selection.LowerConfidenceBound(k=1.0)).shape
+    torch.Size([1])
+"""
+
+from . import backend, beliefs, data, diagnostics, engines, errors, likelihoods, priors, programs, rewards, selection
+from .backend import dist, ops, plate, sample
+from .beliefs import RewardBelief
+from .data import Comparisons, Conversations, Corrections, Demonstrations
+from .engines import MAP, Laplace, Posterior, fit
+from .errors import BayesRMError
+from .programs import RewardModel
+from .selection import select
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MAP",
+    "BayesRMError",
+    "Comparisons",
+    "Conversations",
+    "Corrections",
+    "Demonstrations",
+    "Laplace",
+    "Posterior",
+    "RewardBelief",
+    "RewardModel",
+    "backend",
+    "beliefs",
+    "data",
+    "diagnostics",
+    "dist",
+    "engines",
+    "errors",
+    "fit",
+    "likelihoods",
+    "ops",
+    "plate",
+    "priors",
+    "programs",
+    "rewards",
+    "sample",
+    "select",
+    "selection",
+]

@@ -1,0 +1,69 @@
+"""Bootstrap intervals over clusters: rows of one prompt are not independent, so whole prompts are redrawn."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number with its bootstrap interval.
+
+    Attributes:
+        value: The statistic on all the data.
+        low: Lower end of the interval.
+        high: Upper end.
+        level: Its coverage.
+    """
+
+    value: float
+    low: float
+    high: float
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.int64]], float],
+    clusters: NDArray[np.int64],
+    *,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Percentile bootstrap over clusters (Efron 1979; Cameron et al. 2008 for clusters).
+
+    Args:
+        statistic: The number as a function of row indices (with repetitions), shape `(rows,)`.
+        clusters: Cluster of each row, usually its prompt, shape `(rows,)`.
+        num_resamples: Number of resamples.
+        level: Coverage of the interval.
+        seed: Seed.
+
+    Raises:
+        ArgumentError: There are fewer than two clusters.
+
+    Example:
+        >>> x = np.arange(10.0)
+        >>> bootstrap(lambda i: float(x[i].mean()), np.arange(10)).value
+        4.5
+    """
+    _, codes = np.unique(clusters, return_inverse=True)
+    count = int(codes.max()) + 1 if len(codes) else 0
+    if count < 2:
+        raise ArgumentError(f"`clusters` names {count} cluster; a bootstrap needs at least 2")
+    order = np.argsort(codes, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(codes))[:-1])
+    rng = np.random.default_rng(seed)
+    draws = np.empty(num_resamples)
+    for b in range(num_resamples):
+        chosen = rng.integers(count, size=count)
+        draws[b] = statistic(np.concatenate([members[c] for c in chosen]))
+    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(statistic(np.arange(len(codes)))), float(low), float(high), level)

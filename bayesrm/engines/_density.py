@@ -1,0 +1,223 @@
+"""The density of feedback as a function of rewards and unconstrained latents, with its gradient.
+
+Engines see a program through this object: parameters of the reward function enter only through the rewards.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro.distributions.transforms import biject_to
+
+from .._typing import Tensor
+from ..backend import Recorder, convert
+from ..data.groups import FeedbackGroup
+from ..errors import LikelihoodError
+from ..likelihoods.base import outcomes_of
+from ..programs import RewardModel
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSite:
+    """A latent of the likelihood: its name, shape, and place in the vector of unconstrained latents.
+
+    Attributes:
+        name: Site name.
+        shape: Shape in constrained space.
+        unconstrained_shape: Shape in unconstrained space.
+        start: First position in the vector.
+        stop: One past the last position.
+        transform: Map from unconstrained to constrained space.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    unconstrained_shape: tuple[int, ...]
+    start: int
+    stop: int
+    transform: Any
+
+
+class _Discoverer(Recorder):
+    """Gives every site its prior mean, or the midpoint of its unconstrained space where it has none."""
+
+    def missing(self, name: str, fn: Any) -> Tensor:
+        if getattr(fn.support, "is_discrete", False):
+            raise LikelihoodError(f"latent `{name}` is discrete; sum it out in the likelihood, or give it a continuous relaxation")
+        try:
+            mean: Tensor = fn.mean
+            if torch.isfinite(mean).all():
+                return mean.detach()
+        except NotImplementedError:
+            pass
+        transform = biject_to(fn.support)
+        zeros = torch.zeros(transform.inverse_shape(fn.batch_shape + fn.event_shape), dtype=torch.float64)
+        value: Tensor = transform(zeros)
+        return value
+
+
+class FeedbackDensity:
+    """log p(feedback, latents | rewards) of a program on given groups of rows, in float64 and unconstrained space.
+
+    Attributes:
+        program: The reward model.
+        groups: The rows, on one device.
+        sites: Latents of the likelihood.
+        num_latents: Length Q of the vector of unconstrained latents.
+        initial_latents: A starting point, shape `(Q,)`.
+    """
+
+    def __init__(self, program: RewardModel, groups: Sequence[FeedbackGroup]) -> None:
+        self.program = program
+        double = torch.zeros(0, dtype=torch.float64)
+        self.groups = [g.map_arrays(lambda a: convert(a, double.to(a.device))) for g in groups]
+        self._comparisons = [g.comparison for g in self.groups]
+        device = self.groups[0].items.device
+        zeros = [torch.zeros(g.items.shape, dtype=torch.float64, device=device) for g in self.groups]
+        discoverer = _Discoverer({})
+        with torch.no_grad(), discoverer:
+            distributions = program.feedback(zeros, self._comparisons)
+        self.sites: list[LatentSite] = []
+        start = 0
+        parts = []
+        for name, (fn, value) in discoverer.sites.items():
+            transform = biject_to(fn.support)
+            unconstrained = transform.inv(value.double())
+            stop = start + unconstrained.numel()
+            shape, inner = tuple(value.shape), tuple(unconstrained.shape)
+            self.sites.append(LatentSite(name, shape, inner, start, stop, transform))
+            parts.append(unconstrained.reshape(-1))
+            start = stop
+        self.num_latents = start
+        self.initial_latents = torch.cat(parts).to(device) if parts else torch.zeros(0, dtype=torch.float64, device=device)
+        self._tiled: dict[int, FeedbackDensity] = {1: self}
+        self._check(distributions)
+
+    def _check(self, distributions: Sequence[Any]) -> None:
+        for group, distribution in zip(self.groups, distributions, strict=True):
+            support = outcomes_of(distribution)
+            kind, k = group.comparison.kind, group.comparison.num_candidates
+            if support is not None:
+                with torch.no_grad():
+                    total = torch.logsumexp(torch.stack([distribution.log_prob(_expand(v, group)) for v in support]), 0)
+                if not bool((total.abs() < 1e-6).all()):
+                    raise LikelihoodError(
+                        f"the probabilities of the {len(support)} outcomes of a '{kind}' row sum to {float(total[0].exp()):.6g}, "
+                        "not to 1; the likelihood must be normalised over the outcomes it enumerates"
+                    )
+                if support.dim() == 1:
+                    beyond = (group.outcome < support.min()) | (group.outcome > support.max())
+                    if bool(beyond.any()):
+                        row = int(group.rows[beyond][0])
+                        tie = kind == "choice" and bool((group.outcome[beyond] == k).any())
+                        what = "a tie" if tie else f"outcome {int(group.outcome[beyond][0])}"
+                        hint = "; use Davidson or RaoKupper, which give ties a probability" if tie else ""
+                        raise LikelihoodError(
+                            f"row {row} is {what}, which the likelihood gives no probability ({int(beyond.sum())} such rows){hint}"
+                        )
+            with torch.no_grad():
+                log_prob = distribution.log_prob(group.outcome)
+            bad = ~torch.isfinite(log_prob)
+            if bool(bad.any()):
+                raise LikelihoodError(
+                    f"row {int(group.rows[bad][0])} has log probability {float(log_prob[bad][0])} at equal rewards; "
+                    "the likelihood must give every observed answer a positive probability"
+                )
+
+    def tiled(self, times: int) -> "FeedbackDensity":
+        """The same density for `times` copies of every row, one after another."""
+        if times not in self._tiled:
+            copy = object.__new__(FeedbackDensity)
+            copy.__dict__.update(self.__dict__)
+            copy.groups = [_tiled_group(g, times) for g in self.groups]
+            copy._comparisons = [g.comparison for g in copy.groups]
+            self._tiled[times] = copy
+        return self._tiled[times]
+
+    # ------------------------------------------------------------------------------------------------------ latents
+
+    def constrain(self, latents: Tensor) -> dict[str, Tensor]:
+        """Latents in constrained space, by site; `latents` has shape `(..., Q)`."""
+        batch = latents.shape[:-1]
+        return {s.name: s.transform(latents[..., s.start : s.stop].reshape((*batch, *s.unconstrained_shape))) for s in self.sites}
+
+    def unconstrain(self, values: dict[str, Tensor]) -> Tensor:
+        """Inverse of `constrain`, for one value of each site; shape `(Q,)`."""
+        parts = [s.transform.inv(values[s.name].double()).reshape(-1) for s in self.sites]
+        return torch.cat(parts) if parts else self.initial_latents.new_zeros(0)
+
+    # ------------------------------------------------------------------------------------------------------ density
+
+    def distributions(self, rewards: Sequence[Tensor], latents: Tensor) -> tuple[list[Any], Tensor]:
+        """Distribution of the feedback of each group, and the log prior of the unconstrained latents (with Jacobian)."""
+        given = self.constrain(latents)
+        recorder = Recorder(given)
+        with recorder:
+            distributions = self.program.feedback(rewards, self._comparisons)
+        log_prior = latents.new_zeros(())
+        for site in self.sites:
+            fn, value = recorder.sites[site.name]
+            unconstrained = latents[site.start : site.stop].reshape(site.unconstrained_shape)
+            jacobian = site.transform.log_abs_det_jacobian(unconstrained, value)
+            log_prior = log_prior + fn.log_prob(value).sum() + jacobian.sum()
+        return distributions, log_prior
+
+    def gather(self, item_rewards: Tensor) -> list[Tensor]:
+        """Rewards of the candidates of each group, shape `(rows, K)`, from rewards of the items."""
+        return [item_rewards[g.items] for g in self.groups]
+
+    def row_log_probs(self, rewards: Sequence[Tensor], latents: Tensor) -> list[Tensor]:
+        """Unweighted log probability of each row's answer, one tensor `(rows,)` for each group."""
+        distributions, _ = self.distributions(rewards, latents)
+        return [d.log_prob(g.outcome) for d, g in zip(distributions, self.groups, strict=True)]
+
+    def log_joint(self, rewards: Sequence[Tensor], latents: Tensor) -> Tensor:
+        """sum(weight * log p(answer | rewards, latents)) + log p(latents), a scalar."""
+        distributions, total = self.distributions(rewards, latents)
+        for d, g in zip(distributions, self.groups, strict=True):
+            total = total + _weighted(d.log_prob(g.outcome), g.weight).sum()
+        return total
+
+    def value_and_gradient(self, item_rewards: Tensor, latents: Tensor) -> tuple[float, Tensor, Tensor]:
+        """The log joint with its gradients in the items' rewards, shape `(items,)`, and the latents, shape `(Q,)`."""
+        r = item_rewards.detach().requires_grad_(True)
+        u = latents.detach().requires_grad_(True)
+        value = self.log_joint(self.gather(r), u)
+        g_r, g_u = torch.autograd.grad(value, [r, u], allow_unused=True)
+        return (
+            float(value.detach()),
+            torch.zeros_like(r) if g_r is None else g_r,
+            torch.zeros_like(u) if g_u is None else g_u,
+        )
+
+    def only_differences(self) -> bool:
+        """Whether the feedback depends on differences of rewards inside each row alone (checked at a few points)."""
+        generator = torch.Generator().manual_seed(0)
+        u = self.initial_latents
+        with torch.no_grad():
+            for shift in (-3.0, 2.0):
+                rewards = [torch.randn(g.items.shape, generator=generator, dtype=torch.float64).to(u.device) for g in self.groups]
+                here, there = self.row_log_probs(rewards, u), self.row_log_probs([r + shift for r in rewards], u)
+                if any(not torch.allclose(a, b, rtol=1e-8, atol=1e-10) for a, b in zip(here, there, strict=True)):
+                    return False
+        return True
+
+
+def _weighted(log_prob: Tensor, weight: Tensor) -> Tensor:
+    # A masked row may have probability zero, and 0 * -inf is not 0.
+    return torch.where(weight == 0, torch.zeros_like(log_prob), weight * log_prob)
+
+
+def _expand(outcome: Tensor, group: FeedbackGroup) -> Tensor:
+    return outcome.expand(group.comparison.num_rows, *outcome.shape)
+
+
+def _tile(array: Tensor, times: int) -> Tensor:
+    return array.repeat(times, *(1,) * (array.dim() - 1))
+
+
+def _tiled_group(group: FeedbackGroup, times: int) -> FeedbackGroup:
+    copies = group.map_arrays(lambda a: _tile(a, times))
+    comparison = dataclasses.replace(copies.comparison, num_rows=group.comparison.num_rows * times)
+    return dataclasses.replace(copies, comparison=comparison)

@@ -1,0 +1,56 @@
+"""What a head is: a pure function from parameters and features to rewards, the same under both backends."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from .._typing import Array, Tensor
+from .features import FeatureExtractor
+
+
+@runtime_checkable
+class Head(Protocol):
+    """A reward function on fixed features of a (prompt, response) item.
+
+    Attributes:
+        features: Turns texts into features; `None` when the data bring their own (`data.with_features`).
+        standardize: Whether features are centred and scaled to unit variance over the training items; the constants are kept
+            with the posterior.
+        is_linear: Whether rewards are linear in the parameters, so that the tangent at any point is the head itself.
+    """
+
+    @property
+    def features(self) -> FeatureExtractor | None: ...
+
+    @property
+    def standardize(self) -> bool: ...
+
+    @property
+    def is_linear(self) -> bool: ...
+
+    def parameter_shapes(self, num_features: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter site for features of size `num_features`."""
+        ...
+
+    def apply(self, parameters: Mapping[str, Array], features: Array) -> Array:
+        """Rewards, shape `(...,)`, of features of shape `(..., num_features)`; written with `bayesrm.ops`."""
+        ...
+
+
+def flatten(parameters: Mapping[str, Tensor]) -> Tensor:
+    """All parameters in one vector, in the order of the mapping."""
+    return torch.cat([p.reshape(-1) for p in parameters.values()])
+
+
+def unflatten(vector: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Inverse of `flatten`."""
+    sizes = [int(torch.Size(shape).numel()) for shape in shapes.values()]
+    return {name: part.reshape(shapes[name]) for name, part in zip(shapes, vector.split(sizes), strict=True)}
+
+
+def head_config(head: Head) -> dict[str, Any]:
+    """Settings of a shipped head as JSON values."""
+    settings = {k: v for k, v in vars(head).items() if k != "features"}
+    extractor = None if head.features is None else head.features.to_config()
+    return {"type": type(head).__name__, "settings": settings, "features": extractor}
