@@ -19,11 +19,14 @@ $(VENV)/.extras-%: pyproject.toml constraints.txt | $(BIN)/uv
 demo: $(VENV)/.extras-demo
 	$(BIN)/bayesrm demo --output demo_report.html
 
+# One process a core, each with one thread: small matrices gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+
 test: $(VENV)/.extras-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.extras-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.extras-dev
 	$(BIN)/ruff check .

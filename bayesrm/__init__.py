@@ -1,7 +1,7 @@
 """Probabilistic programming for Bayesian reward modelling.
 
-Declare a `RewardModel` (prior x reward function x preference likelihood), `fit` it with any inference engine, and use the
-`Posterior`: beliefs about the rewards of candidates, predictions of feedback, decisions by `select`.
+Declare a `RewardModel` (prior x reward function x preference likelihood), `fit` it with any inference engine, and use
+the `Posterior`: beliefs about the rewards of candidates, predictions of feedback, decisions by `select`.
 
 Example:
     >>> import bayesrm as brm, numpy as np
@@ -14,16 +14,32 @@ Example:
     torch.Size([1])
 """
 
-from . import backend, beliefs, data, diagnostics, engines, errors, likelihoods, priors, programs, rewards, selection
-from .backend import dist, ops, plate, sample
-from .beliefs import RewardBelief
-from .data import Comparisons, Conversations, Corrections, Demonstrations
-from .engines import MAP, Laplace, Posterior, fit
-from .errors import BayesRMError
-from .programs import RewardModel
-from .selection import select
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import (
+        backend,
+        beliefs,
+        data,
+        diagnostics,
+        engines,
+        errors,
+        likelihoods,
+        priors,
+        programs,
+        rewards,
+        selection,
+    )
+    from .backend import dist, ops, plate, sample
+    from .beliefs import RewardBelief
+    from .data import Comparisons, Conversations, Corrections, Demonstrations
+    from .engines import MAP, Laplace, Posterior, fit
+    from .errors import BayesRMError
+    from .programs import RewardModel
+    from .selection import select
 
 __all__ = [
     "MAP",
@@ -54,3 +70,31 @@ __all__ = [
     "select",
     "selection",
 ]
+
+#: Where the names live that are not modules themselves.
+_HOMES = {
+    "backend": ("dist", "ops", "plate", "sample"),
+    "beliefs": ("RewardBelief",),
+    "data": ("Comparisons", "Conversations", "Corrections", "Demonstrations"),
+    "engines": ("MAP", "Laplace", "Posterior", "fit"),
+    "errors": ("BayesRMError",),
+    "programs": ("RewardModel",),
+    "selection": ("select",),
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        # Imported on first use, so that the command line answers `--help` without waiting for torch.
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = next((module for module, names in _HOMES.items() if name in names), None)
+        if home is None:
+            return importlib.import_module(f".{name}", __name__)
+        value = getattr(importlib.import_module(f".{home}", __name__), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

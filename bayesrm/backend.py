@@ -1,14 +1,15 @@
 """One vocabulary for torch/Pyro and JAX/NumPyro: `ops`, `dist`, `sample`, `plate`, `scale`.
 
-A likelihood or a head written with these names runs under both backends. The backend follows the arrays: `ops` looks at its
-arguments, and `dist`, `sample` and `plate`, which may see none, look at a context variable that `following` sets for the
-duration of a program. Context variables are local to a thread (and to an asyncio task), so two programs may run under two
-backends at the same time; nothing global is switched and no random state is touched.
+A likelihood or a head written with these names runs under both backends. The backend follows the arrays: `ops` looks at
+its arguments, and `dist`, `sample` and `plate`, which may see none, look at a context variable that `following` sets
+for the duration of a program. Context variables are local to a thread (and to an asyncio task), so two programs may run
+under two backends at the same time; nothing global is switched and no random state is touched.
 """
 
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -89,14 +90,13 @@ def following(array: Array) -> Iterator[Backend]:
 def convert(value: Array, like: Array) -> Array:
     """`value` as an array of the library (and, if floating, the dtype and device) of `like`."""
     if _name_of(like) == "torch":
-        tensor = torch.as_tensor(value, device=like.device)
+        # A Python float goes straight to the dtype of `like`: by way of float32 it would lose half of its digits.
+        dtype = like.dtype if isinstance(value, float) else None
+        tensor = torch.as_tensor(value, dtype=dtype, device=like.device)
         return tensor.to(like.dtype) if tensor.is_floating_point() else tensor
     jnp = importlib.import_module("jax.numpy")
     array = jnp.asarray(value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value)
     return array.astype(like.dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
-
-
-# ------------------------------------------------------------------------------------------------ array operations
 
 
 def _jnp() -> Any:
@@ -106,8 +106,8 @@ def _jnp() -> Any:
 class _Ops:
     """Array functions with one spelling for both libraries; reductions take `axis`, never `dim`.
 
-    Anything a likelihood or head of the field needs and that differs between the libraries is here; arithmetic, comparison,
-    indexing and `@` are the arrays' own.
+    Anything a likelihood or head of the field needs and that differs between the libraries is here; arithmetic,
+    comparison, indexing and `@` are the arrays' own.
     """
 
     @staticmethod
@@ -174,7 +174,10 @@ class _Ops:
 
     def logaddexp(self, x: Array, y: Array) -> Array:
         """`log(exp(x) + exp(y))`."""
-        return torch.logaddexp(x, y) if _name_of(x, y) == "torch" else _jnp().logaddexp(x, y)
+        if _name_of(x, y) == "torch":
+            # The second derivative of torch.logaddexp is inf / inf where x and y are far apart; that of logsumexp is not.
+            return torch.logsumexp(torch.stack(torch.broadcast_tensors(x, y)), dim=0)
+        return _jnp().logaddexp(x, y)
 
     def logsumexp(self, x: Array, axis: Axis = -1) -> Array:
         """`log(sum(exp(x)))` over `axis`."""
@@ -224,6 +227,8 @@ class _Ops:
 
     def take_along_axis(self, x: Array, indices: Array, axis: int) -> Array:
         """Values of `x` at `indices` along `axis`; the other axes broadcast."""
+        if indices.ndim > x.ndim:
+            x = x[(None,) * (indices.ndim - x.ndim)]
         if _name_of(x) == "torch":
             return torch.take_along_dim(x, indices, dim=axis)
         return _jnp().take_along_axis(x, indices, axis=axis)
@@ -234,9 +239,6 @@ class _Ops:
 
 
 ops = _Ops()
-
-
-# -------------------------------------------------------------------------------------- distributions and statements
 
 
 class _Distributions:
@@ -257,11 +259,19 @@ class _Distributions:
             like = next((v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()), None)
             dtype, device = (backend.dtype, backend.device) if like is None else (like.dtype, like.device)
 
-            def tensor(v: Any) -> Any:
-                return torch.tensor(v, dtype=dtype, device=device) if isinstance(v, float) else v
-
             constructor = getattr(pyro.distributions, name)
-            return constructor(*map(tensor, args), **{k: tensor(v) for k, v in kwargs.items()})
+            constraints = getattr(constructor, "arg_constraints", {})
+            names = list(inspect.signature(constructor).parameters)
+
+            def tensor(parameter: str, v: Any) -> Any:
+                # Whole numbers too, where the parameter is a real one: `Normal(0, 1)` must not bring in another dtype.
+                real = parameter in constraints and not constraints[parameter].is_discrete
+                if isinstance(v, float) or (real and isinstance(v, int) and not isinstance(v, bool)):
+                    return torch.tensor(v, dtype=dtype, device=device)
+                return v
+
+            positional = [tensor(parameter, v) for parameter, v in zip(names, args, strict=False)]
+            return constructor(*positional, *args[len(names) :], **{k: tensor(k, v) for k, v in kwargs.items()})
 
         construct.__name__ = name
         return construct
@@ -274,8 +284,8 @@ class Recorder:
     """Runs a program with some of its sites given, without Pyro's or NumPyro's handler stack.
 
     Both libraries keep one handler stack for the whole process, so two threads cannot run programs at once, and each
-    statement costs tens of microseconds. Engines therefore evaluate programs under a `Recorder`, which lives in a context
-    variable; that the result equals the trace of the same program under the library's own handlers is tested.
+    statement costs tens of microseconds. Engines therefore evaluate programs under a `Recorder`, which lives in a
+    context variable; that the result equals the trace of the same program under the library's own handlers is tested.
 
     Attributes:
         given: Values of latent sites, by name.
@@ -306,7 +316,9 @@ class Recorder:
     def sample(self, name: str, fn: Any) -> Array:
         """Counterpart of `sample` for an unobserved site: a given value, or the value that `missing` supplies."""
         if name in self.sites:
-            raise LikelihoodError(f"site `{name}` is declared twice; each `sample` statement of a program needs its own name")
+            raise LikelihoodError(
+                f"site `{name}` is declared twice; each `sample` statement of a program needs its own name"
+            )
         shape = torch.broadcast_shapes(tuple(reversed(self._plates)), tuple(fn.batch_shape))
         fn = fn if tuple(fn.batch_shape) == shape else fn.expand(shape)
         value = self.given[name] if name in self.given else self.missing(name, fn)
@@ -329,8 +341,8 @@ class PriorRecorder(Recorder):
 def sample(name: str, fn: Any, *, obs: Array | None = None) -> Array:
     """Declares a random variable, like `pyro.sample` and `numpyro.sample`.
 
-    Inside a likelihood, the second declaration of a name returns the first one's value: a likelihood is called once for each
-    group of rows, and its latents are shared by all of them.
+    Inside a likelihood, the second declaration of a name returns the first one's value: a likelihood is called once for
+    each group of rows, and its latents are shared by all of them.
 
     Args:
         name: Name of the site.
@@ -375,17 +387,22 @@ def plate(name: str, size: int) -> Any:
         prefix, values = shared
         name = prefix + name
         if f"plate {name}" in values:
-            # A likelihood is called for each group of rows; its latents, and so their plate, exist since the first call.
+            # A likelihood is called for each group of rows; its latents, and so their plate, exist since the first
+            # call.
             return contextlib.nullcontext()
         values[f"plate {name}"] = size
     return importlib.import_module("numpyro").plate(name, size) if active().name == "jax" else pyro.plate(name, size)
 
 
-def scale(factor: Array) -> Any:
-    """A context that multiplies the log probabilities inside it by `factor` (an array broadcasts over the plate)."""
-    if active().name == "jax":
-        return importlib.import_module("numpyro").handlers.scale(scale=factor)
-    return pyro.poutine.scale(scale=factor)
+@contextlib.contextmanager
+def scale(factor: Array) -> Iterator[None]:
+    """A context that multiplies the log probabilities inside it by `factor` (an array broadcasts over the plate); 0 masks."""
+    # Pyro refuses a scale of 0, and 0 * -inf would be NaN: a masked row is masked, under both libraries.
+    kept = factor > 0
+    positive = ops.where(kept, factor, 0.0 * factor + 1.0)
+    handlers = importlib.import_module("numpyro").handlers if active().name == "jax" else pyro.poutine
+    with handlers.mask(mask=kept), handlers.scale(scale=positive):
+        yield
 
 
 _SEEDING = threading.RLock()
@@ -397,7 +414,10 @@ def seeded(seed: int) -> Iterator[None]:
 
     For the few places that must draw from a distribution object, which knows no generator argument.
     """
-    with _SEEDING, torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+    with (
+        _SEEDING,
+        torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []),
+    ):
         torch.manual_seed(seed)
         yield
 

@@ -14,25 +14,33 @@ __all__ = ["RewardBelief", "covariance_root", "expected", "lower_bound", "optimi
 
 
 def covariance_root(covariance: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
-    """A matrix A with A A^T = covariance.
+    """A matrix A with A A^T = covariance: its Cholesky factor, or a symmetric-eigenvalue root where it is singular.
 
     Raises:
-        ArgumentError: The matrix has an eigenvalue that is negative beyond rounding: it is no covariance.
+        ArgumentError: The matrix has an entry that is not finite, or an eigenvalue that is negative beyond rounding: it is no
+            covariance.
     """
+    if not bool(torch.isfinite(covariance).all()):
+        raise ArgumentError("`covariance` has entries that are not finite; a covariance is a finite symmetric matrix")
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    if not bool(info.any()):
+        return factor
     values, vectors = torch.linalg.eigh(covariance)
     scale = values.abs().amax(-1, keepdim=True)
     if bool((values < -1e-8 * scale).any()):
-        raise ArgumentError(f"a covariance has eigenvalue {float(values.min()):.3g} < 0; it is not positive semi-definite")
-    return vectors * values.clamp_min(0.0).sqrt()[..., None, :]
+        raise ArgumentError(
+            f"a covariance has eigenvalue {float(values.min()):.3g} < 0; it is not positive semi-definite"
+        )
+    return torch.where((info > 0)[..., None, None], vectors * values.clamp_min(0.0).sqrt()[..., None, :], factor)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RewardBelief:
     """Joint belief about the rewards of the candidates of B prompts: a Gaussian, or draws.
 
-    It is about the reward alone: length bias, raters and temperature are not in it. Preferences identify only differences
-    between the candidates of one prompt, so a single candidate's standard deviation may be mostly the unidentified offset that
-    all candidates share; `differences()` removes it.
+    It is about the reward alone: length bias, raters and temperature are not in it. Preferences identify only
+    differences between the candidates of one prompt, so a single candidate's standard deviation may be mostly the
+    unidentified offset that all candidates share; `differences()` removes it.
 
     Attributes:
         mean: Expected rewards, shape `(B, K)`; entries outside the mask are 0.
@@ -56,7 +64,9 @@ class RewardBelief:
 
     def __post_init__(self) -> None:
         if self.mean.shape != self.root.shape[:2]:
-            raise ArgumentError(f"`mean` has shape {tuple(self.mean.shape)}, `root` {tuple(self.root.shape)}; they must agree")
+            raise ArgumentError(
+                f"`mean` has shape {tuple(self.mean.shape)}, `root` {tuple(self.root.shape)}; they must agree"
+            )
         mask = torch.ones_like(self.mean, dtype=torch.bool) if self.mask is None else self.mask
         if mask.shape != self.mean.shape or not bool(mask.any(1).all()):
             raise ArgumentError("`mask` must have the shape of `mean` and leave every prompt at least one candidate")
@@ -98,8 +108,6 @@ class RewardBelief:
             draws=None if self.draws is None else self.draws[:, prompt, keep][:, None],
         )
 
-    # ------------------------------------------------------------------------------------------------------ moments
-
     @property
     def covariance(self) -> Float[Tensor, "prompts candidates candidates"]:
         """Covariance of the candidates' rewards, made on request."""
@@ -119,8 +127,8 @@ class RewardBelief:
         """Belief about rewards relative to a baseline, in which an offset shared by a prompt's candidates cancels.
 
         Args:
-            baseline: `"mean"` for the average of the prompt's candidates, the index of a reference candidate, or such an index
-                for each prompt, shape `(B,)`.
+            baseline: `"mean"` for the average of the prompt's candidates, the index of a reference candidate, or such
+                an index for each prompt, shape `(B,)`.
 
         Raises:
             ArgumentError: The baseline is none of these, or names a masked candidate.
@@ -142,15 +150,15 @@ class RewardBelief:
         draws = None if self.draws is None else self.draws - (weights * self.draws).sum(2, keepdim=True)
         return RewardBelief(mean, root, self.mask, draws)
 
-    # ---------------------------------------------------------------------------------------------------- questions
-
     def sample(self, num_samples: int, *, seed: int) -> Float[Tensor, "draws prompts candidates"]:
         """Joint draws of the rewards, shape `(num_samples, B, K)`; from draws, a resample with replacement."""
         generator = torch.Generator().manual_seed(seed)
         if self.draws is not None:
             index = torch.randint(len(self.draws), (num_samples,), generator=generator)
             return self.draws[index.to(self.draws.device)]
-        noise = torch.randn(num_samples, self.num_prompts, self.root.shape[2], generator=generator, dtype=self.mean.dtype)
+        noise = torch.randn(
+            num_samples, self.num_prompts, self.root.shape[2], generator=generator, dtype=self.mean.dtype
+        )
         return self.mean + torch.einsum("bkr,sbr->sbk", self.root, noise.to(self.mean.device))
 
     def _pairwise(self) -> tuple[Tensor, Tensor]:
@@ -159,7 +167,9 @@ class RewardBelief:
         gap = variance[:, :, None] + variance[:, None, :] - 2.0 * covariance
         # Cancellation between equal candidates leaves rounding of the size of the variances.
         floor = 1e-12 * (variance[:, :, None] + variance[:, None, :])
-        return self.mean[:, :, None] - self.mean[:, None, :], torch.where(gap <= floor, torch.zeros_like(gap), gap).sqrt()
+        return self.mean[:, :, None] - self.mean[:, None, :], torch.where(
+            gap <= floor, torch.zeros_like(gap), gap
+        ).sqrt()
 
     def prob_better(self) -> Float[Tensor, "prompts candidates candidates"]:
         """P(r_i > r_j) for every pair of candidates; one half on the diagonal, 0 for masked ones."""
@@ -178,11 +188,7 @@ class RewardBelief:
         if self.draws is not None:
             probability = torch.sigmoid(self.draws[:, :, :, None] - self.draws[:, :, None, :]).mean(0)
         else:
-            difference, std = self._pairwise()
-            nodes, weights = np.polynomial.hermite_e.hermegauss(64)
-            probability = torch.zeros_like(difference)
-            for node, weight in zip(nodes, weights / weights.sum(), strict=True):
-                probability += float(weight) * torch.sigmoid(difference + float(node) * std)
+            probability = _expected_sigmoid(*self._pairwise())
         return torch.where(self.valid[:, :, None] & self.valid[:, None, :], probability, 0.0)
 
     def prob_best(self, *, num_samples: int = 4096, seed: int = 0) -> Float[Tensor, "prompts candidates"]:
@@ -204,9 +210,6 @@ class RewardBelief:
         return RewardBelief(**moved)
 
 
-# ------------------------------------------------------------------------------------------------------------ utilities
-
-
 def expected(belief: RewardBelief) -> Float[Tensor, "prompts candidates"]:
     """The mean reward."""
     return belief.mean
@@ -223,17 +226,18 @@ def risk_averse(belief: RewardBelief, b: float, *, deviation: bool = True) -> Fl
 
     On deviations from the candidates' mean by default, with the mean of the candidates added back.
     """
-    return _entropic(belief, -b, deviation)
+    return _entropic(belief, b, deviation, sign=-1.0)
 
 
 def optimistic(belief: RewardBelief, b: float, *, deviation: bool = True) -> Float[Tensor, "prompts candidates"]:
     """`b log E exp(r / b)`, what conditioning on goodness under an uncertain reward amounts to: it *seeks* uncertainty."""
-    return _entropic(belief, b, deviation)
+    return _entropic(belief, b, deviation, sign=1.0)
 
 
-def _entropic(belief: RewardBelief, b: float, deviation: bool) -> Tensor:
-    if b == 0:
-        raise ArgumentError("`b` is 0; the temperature of an entropic utility is positive")
+def _entropic(belief: RewardBelief, b: float, deviation: bool, *, sign: float) -> Tensor:
+    if not b > 0:
+        raise ArgumentError(f"`b` is {b}; the temperature of an entropic utility is positive")
+    b = sign * b
     centred = belief.differences() if deviation else belief
     if centred.draws is None:
         utility = centred.mean + centred.variance / (2.0 * b)
@@ -246,3 +250,19 @@ def _entropic(belief: RewardBelief, b: float, deviation: bool) -> Tensor:
 def thompson(belief: RewardBelief, *, seed: int) -> Float[Tensor, "prompts candidates"]:
     """One joint draw of the rewards for each prompt (Thompson 1933)."""
     return belief.sample(1, seed=seed)[0]
+
+
+def _expected_sigmoid(mean: Tensor, std: Tensor) -> Tensor:
+    """E[sigmoid(x)] for x ~ N(mean, std^2), to about 1e-6.
+
+    Gauss-Hermite over x where the normal is narrow beside the logistic; where it is wide, E[Phi((mean - l) / std)] over the
+    logistic l, by Gauss-Legendre in its distribution function.
+    """
+    narrow, wide = torch.zeros_like(mean), torch.zeros_like(mean)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(48)
+    for node, weight in zip(nodes, weights / weights.sum(), strict=True):
+        narrow += float(weight) * torch.sigmoid(mean + float(node) * std)
+    nodes, weights = np.polynomial.legendre.leggauss(96)
+    for node, weight in zip(0.5 * (1 + nodes), 0.5 * weights, strict=True):
+        wide += float(weight) * torch.special.ndtr((mean - float(np.log(node / (1 - node)))) / std.clamp_min(1.0))
+    return torch.where(std < 2.0, narrow, wide)

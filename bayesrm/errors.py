@@ -1,7 +1,7 @@
 """The errors and warnings that this package raises.
 
-Every error a user can cause derives from `BayesRMError`, so ``except brm.BayesRMError`` catches them all; each also derives
-from the built-in type that fits (`ValueError`, `RuntimeError`).
+Every error a user can cause derives from `BayesRMError`, so ``except brm.BayesRMError`` catches them all; each also
+derives from the built-in type that fits (`ValueError`, `RuntimeError`).
 """
 
 

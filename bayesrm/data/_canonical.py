@@ -81,28 +81,31 @@ def write(
     }
     schema = _schema(number).with_metadata({_KEY: json.dumps(details).encode()})
     unfinished = path.with_name(path.name + ".part")
-    with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
-        for batch in prompts.batches():
-            writer.write_table(_complete(batch, "prompt", schema))
-        start = 0
-        for batch in items.batches():
-            part = slice(start, start + len(batch))
-            columns = {"text": batch["text"], "is_messages": batch["is_messages"]}
-            columns["prompt_index"] = pa.array(prompt_of_item[part])
-            if words is not None:
-                columns["words"] = pa.array(words[part])
-            if ids is not None:
-                columns["id"] = pa.array(ids[part], pa.string())
-            if features is not None:
-                flat = pa.array(np.ascontiguousarray(features[part]).reshape(-1), number)
-                starts = np.arange(len(batch) + 1, dtype=np.int32) * features.shape[1]
-                columns["features"] = pa.ListArray.from_arrays(pa.array(starts), flat)
-            writer.write_table(_complete(pa.table(columns), "item", schema))
-            start = part.stop
-        table = rows.to_arrow()
-        for start in range(0, len(table), 1 << 16):
-            writer.write_table(_complete(table.slice(start, 1 << 16), "row", schema))
-    unfinished.replace(path)
+    try:
+        with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+            for batch in prompts.batches():
+                writer.write_table(_complete(batch, "prompt", schema))
+            start = 0
+            for batch in items.batches():
+                part = slice(start, start + len(batch))
+                columns = {"text": batch["text"], "is_messages": batch["is_messages"]}
+                columns["prompt_index"] = pa.array(prompt_of_item[part])
+                if words is not None:
+                    columns["words"] = pa.array(words[part])
+                if ids is not None:
+                    columns["id"] = pa.array(ids[part], pa.string())
+                if features is not None:
+                    flat = pa.array(np.ascontiguousarray(features[part]).reshape(-1), number)
+                    starts = np.arange(len(batch) + 1, dtype=np.int32) * features.shape[1]
+                    columns["features"] = pa.ListArray.from_arrays(pa.array(starts), flat)
+                writer.write_table(_complete(pa.table(columns), "item", schema))
+                start = part.stop
+            table = rows.to_arrow()
+            for start in range(0, len(table), 1 << 16):
+                writer.write_table(_complete(table.slice(start, 1 << 16), "row", schema))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read(path: Path, in_memory_limit: int, cache_dir: str | Path | None) -> tuple[Any, ...]:

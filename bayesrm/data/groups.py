@@ -41,8 +41,8 @@ class FeedbackGroup:
         comparison: What the likelihood sees.
         items: Index of each candidate in the table of unique items, shape `(rows, K)`, integer.
         outcome: The feedback, integer. *choice*: index of the chosen candidate, or K for a tie, shape `(rows,)`.
-            *ranking*: candidate indices from best to worst, shape `(rows, depth)`. *rating*: level from 0, shape `(rows,)`.
-            *approval*: 0 or 1, shape `(rows,)`.
+            *ranking*: candidate indices from best to worst, shape `(rows, depth)`. *rating*: level from 0, shape
+            `(rows,)`. *approval*: 0 or 1, shape `(rows,)`.
         weight: Weight of each row's log likelihood, shape `(rows,)`; 0 masks a row.
         rows: Position of each row in the `Comparisons` it came from, shape `(rows,)`, integer.
     """

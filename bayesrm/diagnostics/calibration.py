@@ -31,12 +31,12 @@ class Reliability:
     Attributes:
         confidence: Mean predicted probability of the bin, shape `(bins,)`.
         frequency: Observed frequency, shape `(bins,)`.
-        count: Rows in the bin, shape `(bins,)`.
+        count: Rows in the bin, weighted, shape `(bins,)`.
     """
 
     confidence: NDArray[np.float64]
     frequency: NDArray[np.float64]
-    count: NDArray[np.int64]
+    count: NDArray[np.float64]
 
     @property
     def ece(self) -> float:
@@ -45,13 +45,18 @@ class Reliability:
 
 
 def reliability(
-    probability: NDArray[np.float64], occurred: NDArray[np.float64], *, num_bins: int = 10
+    probability: NDArray[np.float64],
+    occurred: NDArray[np.float64],
+    *,
+    weight: NDArray[np.float64] | None = None,
+    num_bins: int = 10,
 ) -> Reliability:
     """Reliability diagram of predicted probabilities of an event, in bins of equal numbers of rows.
 
     Args:
         probability: Predicted probability of the event, shape `(rows,)`.
         occurred: Whether it occurred, 0 or 1, shape `(rows,)`.
+        weight: Weight of each row, shape `(rows,)`; 1 by default.
         num_bins: Number of bins; fewer when there are fewer rows.
 
     Raises:
@@ -62,13 +67,17 @@ def reliability(
         0.25
     """
     if probability.shape != occurred.shape or len(probability) == 0:
-        raise ArgumentError(f"`probability` has shape {probability.shape}, `occurred` {occurred.shape}; give equal, non-empty ones")
+        raise ArgumentError(
+            f"`probability` has shape {probability.shape}, `occurred` {occurred.shape}; give equal, non-empty ones"
+        )
+    weight = np.ones(len(probability)) if weight is None else weight
     order = np.argsort(probability, kind="stable")
+    order = order[weight[order] > 0]
     bins = [b for b in np.array_split(order, min(num_bins, len(order))) if len(b)]
     return Reliability(
-        np.array([probability[b].mean() for b in bins]),
-        np.array([occurred[b].mean() for b in bins]),
-        np.array([len(b) for b in bins]),
+        np.array([np.average(probability[b], weights=weight[b]) for b in bins]),
+        np.array([np.average(occurred[b], weights=weight[b]) for b in bins]),
+        np.array([weight[b].sum() for b in bins]),
     )
 
 
@@ -83,7 +92,9 @@ def top_label(prediction: FeedbackPrediction) -> tuple[NDArray[np.float64], NDAr
         occurred.append((label == group.observed).numpy().astype(np.float64))
         rows.append(group.rows.numpy())
     if not rows:
-        raise ArgumentError("no row has outcomes that can be enumerated; calibration of the likeliest outcome is undefined")
+        raise ArgumentError(
+            "no row has outcomes that can be enumerated; calibration of the likeliest outcome is undefined"
+        )
     return np.concatenate(confidence), np.concatenate(occurred), np.concatenate(rows)
 
 
@@ -113,7 +124,7 @@ def score(
     level: float = 0.95,
     seed: int = 0,
 ) -> Scores:
-    """Accuracy, NLL, Brier score and ECE of predicted feedback, with intervals over prompts.
+    """Accuracy, NLL, Brier score and ECE of predicted feedback, rows weighted, with intervals over prompts.
 
     Args:
         prediction: From `posterior.predict_feedback(data)`.
@@ -122,6 +133,7 @@ def score(
         level: Coverage of the intervals.
         seed: Seed of the bootstrap.
     """
+    weight = prediction.weight.numpy()
     nll = -prediction.log_prob.numpy()
     correct = prediction.correct.numpy()
     brier = np.full(len(nll), np.nan)
@@ -134,12 +146,14 @@ def score(
 
     def ece(index: NDArray[np.int64]) -> float:
         known = index[~np.isnan(confidence[index])]
-        return reliability(confidence[known], occurred[known]).ece
+        return reliability(confidence[known], occurred[known], weight=weight[known]).ece
 
     def interval(values: NDArray[np.float64]) -> Estimate:
-        return bootstrap(
-            lambda i: float(np.nanmean(values[i])), prompts, num_resamples=num_resamples, level=level, seed=seed
-        )
+        def mean(index: NDArray[np.int64]) -> float:
+            known = index[~np.isnan(values[index]) & (weight[index] > 0)]
+            return float(np.average(values[known], weights=weight[known]))
+
+        return bootstrap(mean, prompts, num_resamples=num_resamples, level=level, seed=seed)
 
     return Scores(
         accuracy=interval(correct),

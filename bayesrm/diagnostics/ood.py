@@ -1,7 +1,6 @@
 """Does uncertainty tell the unfamiliar from the familiar?"""
 
 import numpy as np
-import scipy.stats
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError
@@ -24,7 +23,9 @@ def auroc(negative: NDArray[np.float64], positive: NDArray[np.float64]) -> float
     """
     if len(negative) == 0 or len(positive) == 0:
         raise ArgumentError("`negative` and `positive` must both hold scores")
-    ranks = scipy.stats.rankdata(np.concatenate([negative, positive]))
+    from scipy.stats import rankdata
+
+    ranks = rankdata(np.concatenate([negative, positive]))
     above = ranks[len(negative) :].sum() - len(positive) * (len(positive) + 1) / 2
     return float(above / (len(negative) * len(positive)))
 

@@ -1,7 +1,7 @@
 """Curvature of the feedback in (rewards, unconstrained latents), one K x K block for each row.
 
-The observed Hessian is used where it is positive semi-definite, which holds for every log-concave likelihood; otherwise the
-Fisher information, by enumeration of the outcomes or, where they are too many, by seeded draws.
+The observed Hessian is used where it is positive semi-definite, which holds for every log-concave likelihood; otherwise
+the Fisher information, by enumeration of the outcomes or, where they are too many, by seeded draws.
 """
 
 import dataclasses
@@ -84,27 +84,26 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], *, keep: bool = True, create
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 
 
-def _prior_curvature(density: FeedbackDensity, rewards: Sequence[Tensor], latents: Tensor) -> Tensor:
-    u = latents.detach().requires_grad_(True)
+def _prior_curvature(log_prior: Tensor, u: Tensor) -> Tensor:
     if u.numel() == 0:
         return u.new_zeros(0, 0)
-    _, log_prior = density.distributions([r.detach() for r in rewards], u)
     (g,) = _grad(log_prior, [u], create=True)
     return -torch.stack([_grad(g[j], [u])[0] for j in range(len(u))])
 
 
 def observed_curvature(density: FeedbackDensity, rewards: Sequence[Tensor], latents: Tensor) -> Curvature:
     """The negative Hessian of the log likelihood, whatever its sign; arguments as for `curvature`."""
-    prior = _prior_curvature(density, rewards, latents)
     r, u = _leaves(rewards, latents)
-    distributions, _ = density.distributions(r, u)
+    distributions, log_prior = density.distributions(r, u)
+    prior = _prior_curvature(log_prior, u)
     total = u.new_zeros(())
     for d, group in zip(distributions, density.groups, strict=True):
         total = total + _weighted(d.log_prob(group.outcome), group.weight).sum()
     *g_r, g_u = _grad(total, [*r, u], create=True)
     # Rows do not interact, so the gradient of one column's sum holds that column of every row's block.
     blocks = [
-        -torch.stack([_grad(g[:, k].sum(), [x])[0] for k in range(g.shape[1])], dim=1) for g, x in zip(g_r, r, strict=True)
+        -torch.stack([_grad(g[:, k].sum(), [x])[0] for k in range(g.shape[1])], dim=1)
+        for g, x in zip(g_r, r, strict=True)
     ]
     cross = [x.new_zeros(*x.shape, len(u)) for x in r]
     latent = u.new_zeros(len(u), len(u))
@@ -113,15 +112,19 @@ def observed_curvature(density: FeedbackDensity, rewards: Sequence[Tensor], late
         for c, column in zip(cross, columns, strict=True):
             c[:, :, j] = -column
         latent[j] = -latent_row
-    return Curvature("observed", [0.5 * (b + b.transpose(1, 2)) for b in blocks], cross, 0.5 * (latent + latent.T), prior)
+    return Curvature(
+        "observed", [0.5 * (b + b.transpose(1, 2)) for b in blocks], cross, 0.5 * (latent + latent.T), prior
+    )
 
 
-def fisher_curvature(density: FeedbackDensity, rewards: Sequence[Tensor], latents: Tensor, *, seed: int = 0) -> Curvature:
+def fisher_curvature(
+    density: FeedbackDensity, rewards: Sequence[Tensor], latents: Tensor, *, seed: int = 0
+) -> Curvature:
     """The Fisher information, by enumeration of the answers or by seeded draws; arguments as for `curvature`."""
-    prior = _prior_curvature(density, rewards, latents)
     r, u = _leaves(rewards, latents)
     q = len(u)
-    distributions, _ = density.distributions(r, u)
+    distributions, log_prior = density.distributions(r, u)
+    prior = _prior_curvature(log_prior, u)
     blocks = [x.new_zeros(*x.shape, x.shape[1]) for x in r]
     cross = [x.new_zeros(*x.shape, q) for x in r]
     latent = u.new_zeros(q, q)
@@ -166,7 +169,8 @@ def is_positive_semidefinite(c: Curvature) -> bool:
         inverse = torch.where(values > 1e-9 * scale, 1.0 / values.clamp_min(1e-300), torch.zeros_like(values))
         rotated = vectors.transpose(1, 2) @ cross
         outside = torch.where(inverse[..., None] > 0, torch.zeros_like(rotated), rotated)
-        if bool((outside.abs() > 1e-6 * cross.abs().amax()).any()):
+        # Cauchy-Schwarz: beside an eigenvalue of 1e-9 of the largest, a cross term may be sqrt(1e-9) of the geometric mean.
+        if bool((outside.abs() > 3.2e-5 * (scale * c.latents.diagonal().abs().amax()).sqrt()).any()):
             return False
         schur -= torch.einsum("nkq,nk,nkp->qp", rotated, inverse, rotated)
     if schur.numel() == 0:

@@ -44,7 +44,9 @@ class _Discoverer(Recorder):
 
     def missing(self, name: str, fn: Any) -> Tensor:
         if getattr(fn.support, "is_discrete", False):
-            raise LikelihoodError(f"latent `{name}` is discrete; sum it out in the likelihood, or give it a continuous relaxation")
+            raise LikelihoodError(
+                f"latent `{name}` is discrete; sum it out in the likelihood, or give it a continuous relaxation"
+            )
         try:
             mean: Tensor = fn.mean
             if torch.isfinite(mean).all():
@@ -90,7 +92,9 @@ class FeedbackDensity:
             parts.append(unconstrained.reshape(-1))
             start = stop
         self.num_latents = start
-        self.initial_latents = torch.cat(parts).to(device) if parts else torch.zeros(0, dtype=torch.float64, device=device)
+        self.initial_latents = (
+            torch.cat(parts).to(device) if parts else torch.zeros(0, dtype=torch.float64, device=device)
+        )
         self._tiled: dict[int, FeedbackDensity] = {1: self}
         self._check(distributions)
 
@@ -135,19 +139,18 @@ class FeedbackDensity:
             self._tiled[times] = copy
         return self._tiled[times]
 
-    # ------------------------------------------------------------------------------------------------------ latents
-
     def constrain(self, latents: Tensor) -> dict[str, Tensor]:
         """Latents in constrained space, by site; `latents` has shape `(..., Q)`."""
         batch = latents.shape[:-1]
-        return {s.name: s.transform(latents[..., s.start : s.stop].reshape((*batch, *s.unconstrained_shape))) for s in self.sites}
+        return {
+            s.name: s.transform(latents[..., s.start : s.stop].reshape((*batch, *s.unconstrained_shape)))
+            for s in self.sites
+        }
 
     def unconstrain(self, values: dict[str, Tensor]) -> Tensor:
         """Inverse of `constrain`, for one value of each site; shape `(Q,)`."""
         parts = [s.transform.inv(values[s.name].double()).reshape(-1) for s in self.sites]
         return torch.cat(parts) if parts else self.initial_latents.new_zeros(0)
-
-    # ------------------------------------------------------------------------------------------------------ density
 
     def distributions(self, rewards: Sequence[Tensor], latents: Tensor) -> tuple[list[Any], Tensor]:
         """Distribution of the feedback of each group, and the log prior of the unconstrained latents (with Jacobian)."""
@@ -197,7 +200,10 @@ class FeedbackDensity:
         u = self.initial_latents
         with torch.no_grad():
             for shift in (-3.0, 2.0):
-                rewards = [torch.randn(g.items.shape, generator=generator, dtype=torch.float64).to(u.device) for g in self.groups]
+                rewards = [
+                    torch.randn(g.items.shape, generator=generator, dtype=torch.float64).to(u.device)
+                    for g in self.groups
+                ]
                 here, there = self.row_log_probs(rewards, u), self.row_log_probs([r + shift for r in rewards], u)
                 if any(not torch.allclose(a, b, rtol=1e-8, atol=1e-10) for a, b in zip(here, there, strict=True)):
                     return False

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable
 
-import scipy.optimize
 import torch
 
 from .._typing import Tensor
@@ -26,7 +25,7 @@ _GIB = 2**30
 #: Tuning searches log precision within this distance of the declared one.
 _SEARCH = 16.0
 #: Rounds of (mode, tuned precision) for heads that are not linear.
-_ROUNDS = 20
+_ROUNDS = 10
 
 
 class PriorPrecision(str, enum.Enum):
@@ -77,19 +76,26 @@ class Fitted:
 
 
 def fit_mode(
-    program: RewardModel, data: Comparisons, settings: OptimiserSettings, prior: PriorPrecision, *, seed: int, progress: bool
+    program: RewardModel,
+    data: Comparisons,
+    settings: OptimiserSettings,
+    prior: PriorPrecision,
+    *,
+    seed: int,
+    progress: bool,
 ) -> Fitted:
     """Finds the mode of a program, tuning its prior precision on the way if asked."""
-    raw = program.encode(data, progress=progress).double()
-    bad = ~torch.isfinite(raw).all(1)
-    if bool(bad.any()):
-        raise DataError(f"features of item {int(bad.nonzero()[0, 0])} are not finite")
     groups = data.groups()
     if not any(bool((g.weight > 0).any()) for g in groups):
         raise DataError("every row has weight 0; there is no feedback to learn from")
     schema = FeedbackSchema.of(data, groups)
-    center, scale = _standardisation(program, raw, groups)
+    # Checks that the likelihood fits the feedback before the long work of encoding texts.
     density = FeedbackDensity(program, groups)
+    raw = program.encode(data, progress=progress).double()
+    bad = ~torch.isfinite(raw).all(1)
+    if bool(bad.any()):
+        raise DataError(f"features of item {int(bad.nonzero()[0, 0])} are not finite")
+    center, scale = program.standardisation(raw, groups)
     sizes = {s: int(torch.Size(shape).numel()) for s, shape in program.reward.parameter_shapes(raw.shape[1]).items()}
     _check_memory(len(raw), sum(sizes.values()), groups, settings)
     differences = density.only_differences()
@@ -118,7 +124,7 @@ def fit_mode(
             factor, z, latents = _tune(density, design, offset, z, latents, settings, seed)
             program = dataclasses.replace(program, prior=program.prior.scaled(factor))
             whitening, design = whitening.rescaled(factor), design * factor**-0.5
-            if not program.reward.is_linear and abs(math.log(factor)) > 0.02:
+            if not program.reward.is_linear and abs(math.log(factor)) > 0.05:
                 # The mode of the network moves with its prior; tune again around the new one.
                 continue
         break
@@ -141,16 +147,6 @@ def fit_mode(
     )  # fmt: skip
 
 
-def _standardisation(program: RewardModel, raw: Tensor, groups: list[FeedbackGroup]) -> tuple[Tensor, Tensor]:
-    if not program.reward.standardize:
-        return raw.new_zeros(raw.shape[1]), raw.new_ones(raw.shape[1])
-    used = raw[torch.unique(torch.cat([g.items[g.weight > 0].reshape(-1) for g in groups]))]
-    std = used.std(0, correction=0)
-    # A feature that never varies carries nothing; dividing by its rounding would blow it up elsewhere.
-    constant = std <= 1e-12 * used.abs().amax(0).clamp_min(1e-300)
-    return used.mean(0), torch.where(constant, torch.ones_like(std), std)
-
-
 def _prior_scale(program: RewardModel, sizes: dict[str, int]) -> Tensor:
     parts = [torch.full((n,), program.prior.of(site) ** -0.5, dtype=torch.float64) for site, n in sizes.items()]
     return torch.cat(parts)
@@ -158,7 +154,9 @@ def _prior_scale(program: RewardModel, sizes: dict[str, int]) -> Tensor:
 
 def _check_memory(items: int, parameters: int, groups: list[FeedbackGroup], settings: OptimiserSettings) -> None:
     rows = sum(g.items.numel() for g in groups)
-    primal = settings.coordinates is Coordinates.PRIMAL or (settings.coordinates is Coordinates.AUTO and rows >= parameters)
+    primal = settings.coordinates is Coordinates.PRIMAL or (
+        settings.coordinates is Coordinates.AUTO and rows >= parameters
+    )
     size = parameters if primal else min(rows, parameters)
     needed = 8.0 * (2 * items * parameters + 4 * size * size + 2 * parameters * (0 if primal else size))
     if needed > settings.memory_gib * _GIB:
@@ -169,7 +167,13 @@ def _check_memory(items: int, parameters: int, groups: list[FeedbackGroup], sett
 
 
 def _tune(
-    density: FeedbackDensity, design: Tensor, offset: Tensor, z: Tensor, latents: Tensor, settings: OptimiserSettings, seed: int
+    density: FeedbackDensity,
+    design: Tensor,
+    offset: Tensor,
+    z: Tensor,
+    latents: Tensor,
+    settings: OptimiserSettings,
+    seed: int,
 ) -> tuple[float, Tensor, Tensor]:
     """The factor on the prior precision that maximises Laplace's evidence of the tangent model, and the mode there."""
     warm = {"theta": z, "latents": latents}
@@ -202,6 +206,8 @@ def _tune(
 
 def maximise_bracketed(negative: Callable[[float], float], bound: float) -> float:
     """Argument in [-bound, bound] that minimises `negative`: a walk from 0 to a bracket, then Brent's method."""
+    from scipy.optimize import minimize_scalar
+
     values = {0.0: negative(0.0)}
 
     def at(x: float) -> float:
@@ -215,5 +221,5 @@ def maximise_bracketed(negative: Callable[[float], float], bound: float) -> floa
         x += step
     if abs(x) + abs(step) > bound:
         return math.copysign(bound, x)
-    result = scipy.optimize.minimize_scalar(at, bounds=(x - 2.0, x + 2.0), method="bounded", options={"xatol": 5e-3})
+    result = minimize_scalar(at, bounds=(x - 2.0, x + 2.0), method="bounded", options={"xatol": 5e-3})
     return float(result.x)

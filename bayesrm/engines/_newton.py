@@ -20,8 +20,8 @@ class Mode:
         z: Whitened coordinates, shape `(R,)`.
         latents: Unconstrained latents, shape `(Q,)`.
         log_joint: log p(feedback, latents | z) + log N(z; 0, I), the latents in unconstrained space with Jacobian.
-        gradient_norm: Euclidean norm of the gradient in (z, latents). The prior of z has unit precision, so for latents known
-            it bounds the distance from the mode in prior standard deviations.
+        gradient_norm: Euclidean norm of the gradient in (z, latents). The prior of z has unit precision, so for latents
+            known it bounds the distance from the mode in prior standard deviations.
         iterations: Newton steps taken.
         converged: Whether the norm is below the tolerance.
     """
@@ -52,8 +52,8 @@ def find_mode(
 ) -> Mode:
     """Maximises the log joint from a starting point.
 
-    Each step uses the Hessian of the log joint where it is negative definite, else the Fisher information, and a backtracking
-    line search on the log joint.
+    Each step uses the Hessian of the log joint where it is negative definite, else the Fisher information, and a
+    backtracking line search on the log joint.
 
     Args:
         density: The feedback.
@@ -74,7 +74,9 @@ def find_mode(
         gradient = torch.cat([design.T @ g_items - z, g_u])
         norm = float(gradient.norm())
         if not torch.isfinite(gradient).all():
-            raise EngineError("the gradient of the log joint is not finite; check the likelihood at extreme rewards and latents")
+            raise EngineError(
+                "the gradient of the log joint is not finite; check the likelihood at extreme rewards and latents"
+            )
         if norm <= tolerance or iteration == max_iterations:
             break
         step = _ascent(density, design, rewards, latents, gradient)
@@ -107,7 +109,9 @@ def find_mode(
     return Mode(z, latents, value, norm, iteration, converged)
 
 
-def _ascent(density: FeedbackDensity, design: Tensor, item_rewards: Tensor, latents: Tensor, gradient: Tensor) -> Tensor:
+def _ascent(
+    density: FeedbackDensity, design: Tensor, item_rewards: Tensor, latents: Tensor, gradient: Tensor
+) -> Tensor:
     rewards = density.gather(item_rewards)
     for find in (observed_curvature, fisher_curvature):
         precision = joint_precision(design, density.groups, find(density, rewards, latents))

@@ -3,7 +3,6 @@
 import warnings
 
 import numpy as np
-import scipy.optimize
 import torch
 
 from .._typing import Tensor
@@ -50,13 +49,15 @@ def lbfgs_mode(
         (gradient,) = torch.autograd.grad(-value, [point])
         return float(-value.detach()), gradient.cpu().numpy()
 
+    from scipy.optimize import minimize
+
     x = torch.cat([start / scale, latents]).cpu().numpy()
     done = 0
     norm = float("inf")
     while done < max_iterations:
         options = {"maxiter": max_iterations - done, "maxfun": 2 * max_iterations, "ftol": 0.0, "maxcor": 30}
         options["gtol"] = tolerance / np.sqrt(len(x))
-        result = scipy.optimize.minimize(negative, x, jac=True, method="L-BFGS-B", options=options)
+        result = minimize(negative, x, jac=True, method="L-BFGS-B", options=options)
         before, x, norm = norm, result.x, float(np.linalg.norm(result.jac))
         done += max(1, int(result.nit))
         # A line search that fails to rounding ends a run early; fresh curvature memory may still make progress.

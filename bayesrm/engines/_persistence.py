@@ -61,8 +61,10 @@ def save(posterior: Posterior, path: str | Path) -> None:
         else:
             os.replace(folder, target)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
         raise PersistenceError(f"cannot write {target}: {error}") from error
+    finally:
+        # Gone already unless something, an interrupt too, kept it from taking the target's place.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(path: str | Path, likelihood: Any = None) -> Posterior:
@@ -106,7 +108,9 @@ def _program_config(program: RewardModel) -> dict[str, Any]:
     else:
         likelihood = likelihoods.to_config(program.likelihood)
     if type(program.reward).__name__ not in _HEADS:
-        raise PersistenceError(f"a reward function of type {type(program.reward).__name__} cannot be saved; use one of {sorted(_HEADS)}")
+        raise PersistenceError(
+            f"a reward function of type {type(program.reward).__name__} cannot be saved; use one of {sorted(_HEADS)}"
+        )
     precision = program.prior.precision
     return {
         "reward": head_config(program.reward),
@@ -118,7 +122,9 @@ def _program_config(program: RewardModel) -> dict[str, Any]:
 def _program(config: dict[str, Any], given: Any) -> tuple[RewardModel, list[str]]:
     reward = config["reward"]
     extractor = None if reward["features"] is None else FeatureExtractor.from_config(reward["features"])
-    head = _HEADS[reward["type"]](features=extractor, **reward["settings"])
+    # JSON has no tuples.
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in reward["settings"].items()}
+    head = _HEADS[reward["type"]](features=extractor, **values)
     changed: list[str] = []
     if given is not None:
         likelihood = given
@@ -150,5 +156,3 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-

@@ -1,9 +1,9 @@
 """The tangent model in whitened coordinates: rewards linear in z ~ N(0, I), and the subspace that the data inform.
 
-With theta = center + scale * (basis z + complement), the posterior of z differs from its prior only inside the row space of
-the training features (differences for comparisons, plain rows for ratings and approvals); the complement keeps the prior
-exactly. In *primal* coordinates the basis is the identity; in *dual* coordinates it spans the row space, found by a QR
-decomposition, which is cheaper when comparisons are fewer than parameters. Both give the same posterior.
+With theta = center + scale * (basis z + complement), the posterior of z differs from its prior only inside the row
+space of the training features (differences for comparisons, plain rows for ratings and approvals); the complement keeps
+the prior exactly. In *primal* coordinates the basis is the identity; in *dual* coordinates it spans the row space,
+found by a QR decomposition, which is cheaper when comparisons are fewer than parameters. Both give the same posterior.
 """
 
 import dataclasses
@@ -72,7 +72,12 @@ class Whitening:
 
 
 def row_space(
-    jacobian: Tensor, groups: Sequence[FeedbackGroup], center: Tensor, scale: Tensor, coordinates: Coordinates, differences: bool
+    jacobian: Tensor,
+    groups: Sequence[FeedbackGroup],
+    center: Tensor,
+    scale: Tensor,
+    coordinates: Coordinates,
+    differences: bool,
 ) -> Whitening:
     """Coordinates for training items with the given derivatives, shape `(items, P)`.
 
@@ -91,7 +96,8 @@ def row_space(
     rows = jacobian[pairs[:, 0]].clone()
     against = pairs[:, 1] >= 0
     rows[against] -= jacobian[pairs[against, 1]]
-    # Householder QR keeps the basis orthonormal to rounding whatever the rank, which the Gram matrix's square would not.
+    # Householder QR keeps the basis orthonormal to rounding whatever the rank, which the Gram matrix's square would
+    # not.
     basis, _ = torch.linalg.qr((rows * scale).T)
     return Whitening(center, scale, basis)
 

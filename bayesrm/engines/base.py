@@ -54,7 +54,9 @@ def fit(
         raise ArgumentError(f"`inference` is {engine!r}, not an engine with a `fit` method{hint}")
     if not isinstance(data, model.data_type):
         hint = "; read it with Comparisons.load(...)" if isinstance(data, list | str) else ""
-        raise DataError(f"`data` is a {type(data).__name__}; {type(model).__name__} explains {model.data_type.__name__}{hint}")
+        raise DataError(
+            f"`data` is a {type(data).__name__}; {type(model).__name__} explains {model.data_type.__name__}{hint}"
+        )
     if len(data) == 0:
         raise DataError("the data hold no rows of feedback")
     posterior: Posterior = engine.fit(model, data, seed=seed, progress=progress)

@@ -67,8 +67,8 @@ class GaussianPosterior(Posterior):
 
     Attributes:
         mode: Mean of (z, latents), shape `(R + Q,)`.
-        factor: Lower Cholesky factor of the precision of (z, latents), shape `(R + Q, R + Q)`; its diagonal, shape `(R + Q,)`,
-            for a diagonal structure; `None` for a point.
+        factor: Lower Cholesky factor of the precision of (z, latents), shape `(R + Q, R + Q)`; its diagonal, shape `(R
+            + Q,)`, for a diagonal structure; `None` for a point.
     """
 
     def __init__(
@@ -103,8 +103,6 @@ class GaussianPosterior(Posterior):
 
     def _num_features(self) -> int:
         return len(self._expansion.feature_center)
-
-    # ------------------------------------------------------------------------------------------------------ moments
 
     def _moments(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mean `(n,)`, root in the coordinates `(n, R + Q)` and the complement's root `(n, P)` of the items' rewards."""
@@ -150,8 +148,6 @@ class GaussianPosterior(Posterior):
         for i, a in enumerate(roots):
             root[i, : a.shape[0], : a.shape[1]] = a
         return RewardBelief(means, root, mask)
-
-    # ------------------------------------------------------------------------------------------------------ draws
 
     def _latent_draws(self, num_samples: int, seed: int) -> Tensor:
         mean = self.mode[self._whitening.size :]
@@ -204,8 +200,6 @@ class GaussianPosterior(Posterior):
                     for g, c in zip(groups, conditional, strict=True)
                 ]
                 yield rewards, latents + latent_scale @ e_latents
-
-    # -------------------------------------------------------------------------------------------------- persistence
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         e, w = self._expansion, self._whitening

@@ -83,7 +83,8 @@ class FeedbackSchema:
             c = g.comparison
             present = {name: getattr(c, name) is not None for name in ("annotator", "margin", "lengths")}
             kinds.append(
-                {"kind": c.kind, "num_candidates": c.num_candidates, "depth": c.depth, "num_levels": c.num_levels} | present
+                {"kind": c.kind, "num_candidates": c.num_candidates, "depth": c.depth, "num_levels": c.num_levels}
+                | present
             )
         return cls(tuple(kinds), tuple(data.annotators))
 
@@ -103,7 +104,9 @@ class FeedbackSchema:
                 margin=torch.zeros(1, dtype=torch.float64) if kind["margin"] else None,
                 lengths=torch.ones(1, k, dtype=torch.float64) if kind["lengths"] else None,
             )
-            outcome = torch.arange(kind["depth"])[None] if kind["kind"] == "ranking" else torch.zeros(1, dtype=torch.long)
+            outcome = (
+                torch.arange(kind["depth"])[None] if kind["kind"] == "ranking" else torch.zeros(1, dtype=torch.long)
+            )
             one = torch.ones(1, dtype=torch.float64)
             groups.append(FeedbackGroup(comparison, torch.arange(k)[None], outcome, one, torch.tensor([i])))
         return groups
@@ -121,7 +124,9 @@ class FeedbackSchema:
         for g in groups:
             c = g.comparison
             if c.kind == "rating" and levels and c.num_levels not in levels:
-                raise LikelihoodError(f"ratings with {c.num_levels} levels, the posterior was fitted on {sorted(levels)}")
+                raise LikelihoodError(
+                    f"ratings with {c.num_levels} levels, the posterior was fitted on {sorted(levels)}"
+                )
             if c.annotator is not None and uses_annotators:
                 known = torch.tensor([code.get(name, -1) for name in annotators] + [-1])
                 # The last entry serves code -1, rows without an annotator.
@@ -145,8 +150,6 @@ class Posterior(abc.ABC):
     schema: FeedbackSchema
     report: FitReport
 
-    # ------------------------------------------------------------------------------------- what a subclass provides
-
     @abc.abstractmethod
     def _belief(self, features: Tensor, sizes: Sequence[int]) -> RewardBelief:
         """Joint belief about items with float64 features `(items, D)`, `sizes` of them to a prompt in turn."""
@@ -168,8 +171,6 @@ class Posterior(abc.ABC):
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON values from which `_restore` rebuilds the posterior."""
 
-    # --------------------------------------------------------------------------------------------------- prediction
-
     def predict(
         self,
         prompts: Sequence[Any] | None = None,
@@ -181,8 +182,8 @@ class Posterior(abc.ABC):
 
         Args:
             prompts: Prompts, texts or message lists; may be left out when the candidates are features.
-            candidates: For each prompt a list of responses, or an array of features `(K, num_features)`. Prompts may have
-                different numbers of candidates.
+            candidates: For each prompt a list of responses, or an array of features `(K, num_features)`. Prompts may
+                have different numbers of candidates.
             progress: Whether to show progress of feature extraction.
 
         Returns:
@@ -201,7 +202,9 @@ class Posterior(abc.ABC):
             0
         """
         if candidates is None:
-            raise ArgumentError("`candidates` is missing: give a list of responses (or an array of features) for each prompt")
+            raise ArgumentError(
+                "`candidates` is missing: give a list of responses (or an array of features) for each prompt"
+            )
         if prompts is not None and len(prompts) != len(candidates):
             raise ArgumentError(f"{len(prompts)} prompts but candidates for {len(candidates)}")
         sizes = [len(c) for c in candidates]
@@ -211,7 +214,9 @@ class Posterior(abc.ABC):
             features = torch.cat([torch.as_tensor(c).double() for c in candidates])
         else:
             if prompts is None:
-                raise ArgumentError("`prompts` is missing; it may be left out only when the candidates are arrays of features")
+                raise ArgumentError(
+                    "`prompts` is missing; it may be left out only when the candidates are arrays of features"
+                )
             extractor = self.program.reward.features
             if extractor is None:
                 raise ArgumentError(
@@ -229,11 +234,11 @@ class Posterior(abc.ABC):
         sizes = torch.unique(prompt, return_counts=True)[1].tolist()
         return self._belief(self._checked(self.program.encode(data).double())[order], sizes)
 
-    def predict_feedback(self, data: Comparisons, *, num_samples: int = 512, seed: int = 0) -> FeedbackPrediction:
+    def predict_feedback(self, data: Comparisons, *, num_samples: int = 1024, seed: int = 0) -> FeedbackPrediction:
         """Posterior predictive of the feedback of each row: what NLL and calibration are computed from.
 
-        For a Gaussian posterior the average runs over scrambled Sobol points of each row's rewards and the latents; with 512
-        points it is within about 1e-4 of the integral for two candidates.
+        For a Gaussian posterior the average runs over scrambled Sobol points of each row's rewards and the latents;
+        without latents the default is within about 1e-4 of the integral for two candidates.
 
         Args:
             data: Comparisons with outcomes.
@@ -246,7 +251,9 @@ class Posterior(abc.ABC):
         features = self._checked(self.program.encode(data).double())
         groups = self.schema.check(data.groups(), data.annotators)
         density = FeedbackDensity(self.program, groups)
-        totals: list[Tensor] = [torch.full((g.comparison.num_rows,), -torch.inf, dtype=torch.float64) for g in density.groups]
+        totals: list[Tensor] = [
+            torch.full((g.comparison.num_rows,), -torch.inf, dtype=torch.float64) for g in density.groups
+        ]
         tables: list[Tensor | None] = [None] * len(groups)
         supports: list[Tensor | None] = [None] * len(groups)
         count = 0
@@ -279,7 +286,9 @@ class Posterior(abc.ABC):
                 predictions.append(GroupPrediction(g.label, g.rows, None, None, None))
                 continue
             table_i = table_i - np.log(count)
-            match = (support_i == g.outcome[:, None]) if support_i.dim() == 1 else (support_i == g.outcome[:, None]).all(-1)
+            match = (
+                (support_i == g.outcome[:, None]) if support_i.dim() == 1 else (support_i == g.outcome[:, None]).all(-1)
+            )
             observed = match.to(torch.uint8).argmax(1)
             log_prob[g.rows] = table_i.gather(1, observed[:, None])[:, 0]
             predictions.append(GroupPrediction(g.label, g.rows, support_i, table_i.exp(), observed))
@@ -288,7 +297,9 @@ class Posterior(abc.ABC):
     def _checked(self, features: Tensor) -> Tensor:
         expected = self._num_features()
         if features.dim() != 2 or features.shape[1] != expected:
-            raise ArgumentError(f"features have shape {tuple(features.shape)}; the posterior was fitted on (items, {expected})")
+            raise ArgumentError(
+                f"features have shape {tuple(features.shape)}; the posterior was fitted on (items, {expected})"
+            )
         bad = ~torch.isfinite(features).all(1)
         if bool(bad.any()):
             raise DataError(f"features of item {int(bad.nonzero()[0, 0])} are not finite")
@@ -298,16 +309,12 @@ class Posterior(abc.ABC):
     def _num_features(self) -> int:
         """Size of the features."""
 
-    # ------------------------------------------------------------------------------------------------------ latents
-
     def latents(self, num_samples: int = 1000, *, seed: int = 0) -> dict[str, Tensor]:
         """Posterior draws of the likelihood's latents in constrained space, each of shape `(num_samples, *site)`."""
         return self._density().constrain(self._latent_draws(num_samples, seed))
 
     def _density(self) -> FeedbackDensity:
         return FeedbackDensity(self.program, self.schema.example_groups())
-
-    # ------------------------------------------------------------------------------------------------------ reports
 
     def summary(self) -> str:
         """What was fitted, how it went, and the latents with 90% intervals."""
@@ -336,14 +343,14 @@ class Posterior(abc.ABC):
         for name, draws in self.latents(2000).items():
             flat = draws.reshape(len(draws), -1)
             low, mid, high = torch.quantile(flat, torch.tensor([0.05, 0.5, 0.95], dtype=flat.dtype), dim=0)
-            shown = ", ".join(f"{m:.3g} [{lo:.3g}, {hi:.3g}]" for lo, m, hi in zip(low[:4], mid[:4], high[:4], strict=True))
+            shown = ", ".join(
+                f"{m:.3g} [{lo:.3g}, {hi:.3g}]" for lo, m, hi in zip(low[:4], mid[:4], high[:4], strict=True)
+            )
             lines.append(f"  latent      {name} = {shown}" + (f", ... ({len(mid)} in all)" if len(mid) > 4 else ""))
         return "\n".join(lines)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.summary().splitlines()[0]}>"
-
-    # -------------------------------------------------------------------------------------------------- persistence
 
     def save_pretrained(self, path: "str | Path") -> None:
         """Writes the posterior to a folder (JSON and safetensors), all or nothing.

@@ -22,8 +22,8 @@ from ..errors import ArgumentError, LikelihoodError
 class Likelihood(Protocol):
     """A callable from the rewards of the candidates of each row to a distribution over the feedback.
 
-    It is called outside the plate of rows, once for each group of rows of one kind and shape, so that latents it declares with
-    `bayesrm.sample` (a tie width, raters' reliabilities, a length coefficient) are shared by all rows.
+    It is called outside the plate of rows, once for each group of rows of one kind and shape, so that latents it
+    declares with `bayesrm.sample` (a tie width, raters' reliabilities, a length coefficient) are shared by all rows.
 
     Args:
         rewards: Rewards of the candidates, shape `(rows, K)`.
@@ -47,9 +47,6 @@ class Likelihood(Protocol):
     """
 
     def __call__(self, rewards: Array, comparison: Comparison) -> Any: ...
-
-
-# --------------------------------------------------------------------------------------------- hand-written distributions
 
 
 class _TorchOutcome(pyro.distributions.TorchDistribution):  # type: ignore[misc]
@@ -90,8 +87,11 @@ def _jax_outcome() -> type:
     class JaxOutcome(npd.Distribution):  # type: ignore[misc, name-defined]
         pytree_data_fields = ()
 
-        def __init__(self, log_prob: Any, sample: Any, support: Any, batch_shape: Any, event_dim: int, like: Any) -> None:
+        def __init__(
+            self, log_prob: Any, sample: Any, support: Any, batch_shape: Any, event_dim: int, like: Any
+        ) -> None:
             self._log_prob, self._sample, self._support, self._like = log_prob, sample, support, like
+            self.has_enumerate_support = support is not None
             event = tuple(support.shape[1:]) if support is not None else (1,) * event_dim
             super().__init__(tuple(batch_shape), event, validate_args=False)
 
@@ -130,8 +130,8 @@ def outcome(
 
     Args:
         log_prob: Log probability of outcomes of shape `(..., rows)` or, with `event_dim=1`, `(..., rows, length)`.
-        sample: Draws outcomes with the numbers of a `Random`, of shape `sample_shape + (rows,)` (plus the event). By default
-            outcomes are drawn from `support` with their probabilities.
+        sample: Draws outcomes with the numbers of a `Random`, of shape `sample_shape + (rows,)` (plus the event). By
+            default outcomes are drawn from `support` with their probabilities.
         support: All outcomes, shape `(outcomes,)` or `(outcomes, length)`, integer.
         batch_shape: `(rows,)`.
         event_dim: 0 for a single number, 1 for a vector such as a ranking.
@@ -148,7 +148,9 @@ def outcome(
         tensor([0.3000])
     """
     if sample is None and support is None:
-        raise ArgumentError("give `sample`, `support`, or both: without them feedback can be neither drawn nor enumerated")
+        raise ArgumentError(
+            "give `sample`, `support`, or both: without them feedback can be neither drawn nor enumerated"
+        )
 
     def from_support(random: Random) -> Array:
         values = _enumerated(support, batch_shape)
@@ -169,7 +171,11 @@ def _enumerated(support: Array, batch_shape: tuple[int, ...]) -> list[Array]:
 
 
 def _stack(arrays: list[Array]) -> Array:
-    return torch.stack(arrays) if isinstance(arrays[0], torch.Tensor) else importlib.import_module("jax.numpy").stack(arrays)
+    return (
+        torch.stack(arrays)
+        if isinstance(arrays[0], torch.Tensor)
+        else importlib.import_module("jax.numpy").stack(arrays)
+    )
 
 
 def outcomes_of(distribution: Any) -> Array | None:
@@ -189,13 +195,12 @@ def orderings(num_candidates: int, depth: int) -> tuple[tuple[int, ...], ...]:
     return tuple(itertools.permutations(range(num_candidates), depth))
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
-
-
 def require_kind(name: str, comparison: Comparison, *kinds: str, hint: str) -> None:
     """Raises `LikelihoodError` when the feedback is not of a kind that likelihood `name` describes."""
     if comparison.kind not in kinds:
-        raise LikelihoodError(f"{name} describes feedback of kind {' or '.join(kinds)}, not '{comparison.kind}'; {hint}")
+        raise LikelihoodError(
+            f"{name} describes feedback of kind {' or '.join(kinds)}, not '{comparison.kind}'; {hint}"
+        )
 
 
 def require_pairs(name: str, comparison: Comparison) -> None:
@@ -206,8 +211,6 @@ def require_pairs(name: str, comparison: Comparison) -> None:
             f"{name} compares 2 candidates, these rows have {comparison.num_candidates}; use PlackettLuce for a choice among more"
         )
 
-
-# ----------------------------------------------------------------------------------------------------------- registry
 
 _REGISTRY: dict[str, Any] = {}
 T = TypeVar("T")

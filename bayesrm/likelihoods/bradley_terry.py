@@ -20,12 +20,13 @@ def advantage(rewards: Array, comparison: Comparison) -> Array:
 class BradleyTerry:
     """P(first preferred) = sigmoid((r_0 - r_1 - margin) / temperature), no ties (Bradley & Terry, Biometrika 1952).
 
-    The margin of a row is a known handicap of candidate 0 in units of reward; since readers put the chosen response first, the
-    log likelihood of a chosen/rejected row is the margin loss of Llama 2 and TRL, yet the two outcomes still sum to one.
+    The margin of a row is a known handicap of candidate 0 in units of reward; since readers put the chosen response
+    first, the log likelihood of a chosen/rejected row is the margin loss of Llama 2 and TRL, yet the two outcomes still
+    sum to one.
 
     Attributes:
-        temperature: Scale of the noise of a choice in units of reward. It multiplies with the scale of the prior, so it is a
-            setting, not a latent.
+        temperature: Scale of the noise of a choice in units of reward. It multiplies with the scale of the prior, so it
+            is a setting, not a latent.
 
     Raises:
         ArgumentError: The temperature is not positive.

@@ -15,9 +15,9 @@ from .flips import flipped_mixture
 class LabelNoise:
     """P(y) = (1 - eps) P_base(y) + eps P_base(flip(y)), eps known or learnt.
 
-    What a flip is depends on the feedback, see `flips.flip`: the other response of a pair (a tie stays a tie), the reversed
-    ranking, the opposite end of a rating scale, the opposite approval. So 25% flipped labels are `flip_rate=0.25`; libraries
-    that mix with a fair coin instead need 0.5 for the same data.
+    What a flip is depends on the feedback, see `flips.flip`: the other response of a pair (a tie stays a tie), the
+    reversed ranking, the opposite end of a rating scale, the opposite approval. So 25% flipped labels are
+    `flip_rate=0.25`; libraries that mix with a fair coin instead need 0.5 for the same data.
 
     Attributes:
         base: Likelihood of the answer that was meant.
@@ -47,7 +47,9 @@ class LabelNoise:
 
     def __post_init__(self) -> None:
         if self.flip_rate is not None and not 0.0 <= self.flip_rate < 0.5:
-            raise ArgumentError(f"`flip_rate` is {self.flip_rate}; a known rate lies in [0, 0.5), or is None to learn it")
+            raise ArgumentError(
+                f"`flip_rate` is {self.flip_rate}; a known rate lies in [0, 0.5), or is None to learn it"
+            )
 
     def __call__(self, rewards: Array, comparison: Comparison) -> object:
         """Distribution over the outcomes of the base likelihood."""

@@ -16,8 +16,8 @@ _MAX_ENUMERATED = 1024
 class PlackettLuce:
     """Candidates are picked one after another, each with probability softmax of the rewards left (Luce 1959; Plackett 1975).
 
-    A ranking of depth m is the first m picks; the last pick of a full ranking is certain. A choice among K is the first pick,
-    and for K = 2 the model is Bradley-Terry.
+    A ranking of depth m is the first m picks; the last pick of a full ranking is certain. A choice among K is the first
+    pick, and for K = 2 the model is Bradley-Terry.
 
     Attributes:
         temperature: Scale of the noise in units of reward.
@@ -40,7 +40,9 @@ class PlackettLuce:
 
     def __call__(self, rewards: Array, comparison: Comparison) -> object:
         """Distribution over chosen indices `(rows,)`, or over orders from best to worst `(rows, depth)`."""
-        require_kind("PlackettLuce", comparison, "choice", "ranking", hint="use Ordinal for ratings, Approval for approvals")
+        require_kind(
+            "PlackettLuce", comparison, "choice", "ranking", hint="use Ordinal for ratings, Approval for approvals"
+        )
         rewards = rewards / self.temperature
         if comparison.kind == "choice":
             return dist.Categorical(logits=rewards)

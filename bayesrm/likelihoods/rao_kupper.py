@@ -18,7 +18,8 @@ class RaoKupper:
     With theta = exp(eta) this is the usual form exp(r_i) / (exp(r_i) + theta exp(r_j)); d = r_0 - r_1 - margin.
 
     Attributes:
-        log_threshold_mean: Prior mean of log eta; the default puts the tie rate of equal responses, tanh(eta / 2), near 0.24.
+        log_threshold_mean: Prior mean of log eta; the default puts the tie rate of equal responses, tanh(eta / 2), near
+            0.24.
         log_threshold_scale: Prior standard deviation of log eta.
 
     Latents:

@@ -15,9 +15,9 @@ from .flips import flipped_mixture
 class RaterReliability:
     """P(y) = eta_a P_base(y) + (1 - eta_a) P_base(flip(y)), Crowd-BT (Chen et al., WSDM 2013) with partial pooling.
 
-    The reliability of annotator a is eta_a = 1/2 + sigmoid(m + s z_a) / 2, above one half: reliabilities and rewards could
-    otherwise be mirrored together. m is shared, s says how much raters differ, z_a ~ N(0, 1); raters with few answers are
-    drawn towards the others.
+    The reliability of annotator a is eta_a = 1/2 + sigmoid(m + s z_a) / 2, above one half: reliabilities and rewards
+    could otherwise be mirrored together. m is shared, s says how much raters differ, z_a ~ N(0, 1); raters with few
+    answers are drawn towards the others.
 
     Attributes:
         base: Likelihood of the answer that was meant.
@@ -52,7 +52,9 @@ class RaterReliability:
     def __call__(self, rewards: Array, comparison: Comparison) -> object:
         """Distribution over the outcomes of the base likelihood."""
         if comparison.annotator is None or bool((comparison.annotator < 0).any()):
-            raise LikelihoodError("RaterReliability needs the annotator of every row; give the data an `annotator` column")
+            raise LikelihoodError(
+                "RaterReliability needs the annotator of every row; give the data an `annotator` column"
+            )
         base = self.base(rewards, comparison)
         mean = sample("reliability_mean", dist.Normal(self.mean_prior, self.mean_scale))
         spread = sample("reliability_spread", dist.LogNormal(self.spread_mean, self.spread_scale))

@@ -38,8 +38,8 @@ class Simulation:
 class RewardModel:
     """What is believed to generate feedback: parameters from a prior, rewards of the items, answers from a likelihood.
 
-    The object is a Pyro program and, called with JAX arrays, a NumPyro program: `model(features, groups)` with the sites
-    `reward.*` (parameters), the likelihood's latents, and `feedback` (one site per group of rows, named
+    The object is a Pyro program and, called with JAX arrays, a NumPyro program: `model(features, groups)` with the
+    sites `reward.*` (parameters), the likelihood's latents, and `feedback` (one site per group of rows, named
     `feedback.<kind>.<K>` when there are several). Every inference engine works from this one declaration.
 
     Attributes:
@@ -136,6 +136,21 @@ class RewardModel:
             )
         return torch.as_tensor(self.reward.features.extract_items(data, progress=progress))
 
+    def standardisation(self, features: Tensor, groups: Sequence[FeedbackGroup]) -> tuple[Tensor, Tensor]:
+        """What the head subtracts from features and divides them by, both `(num_features,)`: zeros and ones unless it standardises.
+
+        Args:
+            features: Features of the items, shape `(items, num_features)`.
+            groups: The rows; items of rows with weight 0 do not count.
+        """
+        if not self.reward.standardize:
+            return features.new_zeros(features.shape[1]), features.new_ones(features.shape[1])
+        used = features[torch.unique(torch.cat([g.items[g.weight > 0].reshape(-1) for g in groups]))]
+        std = used.std(0, correction=0)
+        # A feature that never varies carries nothing; dividing by its rounding would blow it up elsewhere.
+        constant = std <= 1e-12 * used.abs().amax(0).clamp_min(1e-300)
+        return used.mean(0), torch.where(constant, torch.ones_like(std), std)
+
     def simulate(
         self,
         data: Comparisons,
@@ -157,6 +172,8 @@ class RewardModel:
         """
         features = self.encode(data).double()
         groups = [g.map_arrays(lambda a: convert(a, features)) for g in data.groups()]
+        center, spread = self.standardisation(features, groups)
+        features = (features - center) / spread
         shapes = self.reward.parameter_shapes(features.shape[-1])
         for name in parameters or {}:
             if name not in shapes:

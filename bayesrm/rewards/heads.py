@@ -15,8 +15,8 @@ class Head(Protocol):
 
     Attributes:
         features: Turns texts into features; `None` when the data bring their own (`data.with_features`).
-        standardize: Whether features are centred and scaled to unit variance over the training items; the constants are kept
-            with the posterior.
+        standardize: Whether features are centred and scaled to unit variance over the training items; the constants are
+            kept with the posterior.
         is_linear: Whether rewards are linear in the parameters, so that the tangent at any point is the head itself.
     """
 

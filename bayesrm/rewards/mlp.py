@@ -24,8 +24,8 @@ class Activation(str, enum.Enum):
 class MLP:
     """r = w . act(... act(x W_0 / sqrt(n_0) + b_0) ...) / sqrt(n), without an output bias; see `Head` for the first attributes.
 
-    Weights are divided by the square root of their fan-in in the forward pass (the parametrisation of Neal 1996 and of the
-    neural tangent kernel), so that one prior precision suits layers of every width.
+    Weights are divided by the square root of their fan-in in the forward pass (the parametrisation of Neal 1996 and of
+    the neural tangent kernel), so that one prior precision suits layers of every width.
 
     Attributes:
         hidden: Width of each hidden layer.

@@ -31,10 +31,14 @@ def select(belief: RewardBelief, rule: Rule | None = None) -> Int[Tensor, "promp
     """
     scores = (rule or Mean())(belief)
     if scores.shape != belief.mean.shape:
-        raise ArgumentError(f"the rule returned scores of shape {tuple(scores.shape)}; expected {tuple(belief.mean.shape)}")
+        raise ArgumentError(
+            f"the rule returned scores of shape {tuple(scores.shape)}; expected {tuple(belief.mean.shape)}"
+        )
     if bool(torch.isnan(scores[belief.valid]).any()):
         raise ArgumentError("the rule returned NaN for a candidate")
-    return scores.masked_fill(~belief.valid, -torch.inf).argmax(dim=1)
+    best = scores.double().masked_fill(~belief.valid, -torch.inf).amax(dim=1, keepdim=True)
+    # A rule may give every real candidate -inf, as masked ones have: only real ones are eligible.
+    return ((scores == best) & belief.valid).to(torch.uint8).argmax(dim=1)
 
 
 __all__ = ["LowerConfidenceBound", "Mean", "Rule", "Spread", "Thompson", "select"]

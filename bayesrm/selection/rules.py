@@ -57,7 +57,9 @@ class LowerConfidenceBound:
 
     def __post_init__(self) -> None:
         if self.k < 0:
-            raise ArgumentError(f"`k` is {self.k}; a lower bound subtracts a non-negative number of standard deviations")
+            raise ArgumentError(
+                f"`k` is {self.k}; a lower bound subtracts a non-negative number of standard deviations"
+            )
         known = [s.value for s in Spread]
         if self.spread not in known:
             raise ArgumentError(f"`spread` is {self.spread!r}; it is one of {known}")

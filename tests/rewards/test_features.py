@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from bayesrm.errors import ArgumentError, DataError, PersistenceError
+from bayesrm.rewards._checks import check_item
+from bayesrm.rewards._encoder import Encoder
 from bayesrm.rewards.feature_cache import FeatureCache, default_cache_dir, embedding_key
-from bayesrm.rewards.features import SEPARATOR, ExtractionReport, FeatureExtractor, _check, pool
+from bayesrm.rewards.features import SEPARATOR, ExtractionReport, FeatureExtractor, pool
 
 transformers = pytest.importorskip("transformers")
 
@@ -143,13 +145,13 @@ def hidden_states(folder, words, *, layer=-1, part=None):
 
 def count_sequences(monkeypatch):
     """Records the number of sequences of each forward call."""
-    calls, embed = [], FeatureExtractor._embed
+    calls, embed = [], Encoder.embed
 
     def counted(self, sequences):
         calls.append(len(sequences))
         return embed(self, sequences)
 
-    monkeypatch.setattr(FeatureExtractor, "_embed", counted)
+    monkeypatch.setattr(Encoder, "embed", counted)
     return calls
 
 
@@ -274,13 +276,13 @@ def test_a_tokenizer_that_pads_on_the_left_changes_nothing(tmp_path, family):
 
 
 def test_batches_run_from_long_to_short_with_little_padding(bert, monkeypatch):
-    lengths, embed = [], FeatureExtractor._embed
+    lengths, embed = [], Encoder.embed
 
     def recorded(self, sequences):
         lengths.append([len(s) for s in sequences])
         return embed(self, sequences)
 
-    monkeypatch.setattr(FeatureExtractor, "_embed", recorded)
+    monkeypatch.setattr(Encoder, "embed", recorded)
     FeatureExtractor(bert, batch_size=4).extract(*some_items())
     flat = [length for batch in lengths for length in batch]
     assert flat == sorted(flat, reverse=True)
@@ -425,7 +427,7 @@ def test_a_second_run_reads_everything_from_disk_without_the_model(bert, monkeyp
     np.testing.assert_array_equal(second.extract(*some_items()), expected)
     assert second.report.num_cached == second.report.num_texts == first.report.num_texts
     assert calls == []
-    assert "_network" not in second.__dict__
+    assert "network" not in second._encoder.__dict__
 
 
 def test_each_distinct_text_goes_through_the_model_once(bert, monkeypatch):
@@ -439,7 +441,7 @@ def test_each_distinct_text_goes_through_the_model_once(bert, monkeypatch):
 @pytest.mark.parametrize("finished", [0, 1, 3])
 def test_a_killed_run_goes_on_where_it_stopped(bert, monkeypatch, finished):
     items = some_items(20)
-    embed, calls = FeatureExtractor._embed, []
+    embed, calls = Encoder.embed, []
 
     def dies(self, sequences):
         if len(calls) == finished:
@@ -447,10 +449,10 @@ def test_a_killed_run_goes_on_where_it_stopped(bert, monkeypatch, finished):
         calls.append(len(sequences))
         return embed(self, sequences)
 
-    monkeypatch.setattr(FeatureExtractor, "_embed", dies)
+    monkeypatch.setattr(Encoder, "embed", dies)
     with pytest.raises(KeyboardInterrupt):
         FeatureExtractor(bert, batch_size=4).extract(*items)
-    monkeypatch.setattr(FeatureExtractor, "_embed", embed)
+    monkeypatch.setattr(Encoder, "embed", embed)
     calls = count_sequences(monkeypatch)
     extractor = FeatureExtractor(bert, batch_size=4)
     features = extractor.extract(*items)
@@ -460,15 +462,15 @@ def test_a_killed_run_goes_on_where_it_stopped(bert, monkeypatch, finished):
 
 
 def test_finished_batches_are_written_while_the_run_goes_on(bert, monkeypatch):
-    monkeypatch.setattr("bayesrm.rewards.features._WRITE_SECONDS", 0.0)
-    extractor, stored, embed = FeatureExtractor(bert, batch_size=4), [], FeatureExtractor._embed
+    monkeypatch.setattr("bayesrm.rewards._embedding._WRITE_SECONDS", 0.0)
+    extractor, stored, embed = FeatureExtractor(bert, batch_size=4), [], Encoder.embed
 
     def watched(self, sequences):
         with FeatureCache(extractor.cache_path, width=WIDTH) as cache:
             stored.append(len(cache))
         return embed(self, sequences)
 
-    monkeypatch.setattr(FeatureExtractor, "_embed", watched)
+    monkeypatch.setattr(Encoder, "embed", watched)
     extractor.extract(*some_items(12))
     assert stored == [0, 4, 8]
 
@@ -676,8 +678,8 @@ def test_pickling_leaves_the_model_behind(bert):
     features = extractor.extract(["w1"], ["w2"])
     copy = pickle.loads(pickle.dumps(extractor))
     assert copy == extractor
-    assert "_network" in extractor.__dict__
-    assert "_network" not in copy.__dict__
+    assert "network" in extractor._encoder.__dict__
+    assert "_encoder" not in copy.__dict__
     np.testing.assert_array_equal(copy.extract(["w1"], ["w2"]), features)
     assert FeatureExtractor(bert).report == ExtractionReport()
 
@@ -787,7 +789,7 @@ def test_unusable_texts_are_named(bert, prompts, responses, message):
 def test_what_is_not_text_is_named(prompt, response, message):
     # Not through `extract`, whose annotations are checked before its body runs when the tests check types.
     with pytest.raises(DataError, match=message):
-        _check(4, prompt, response)
+        check_item(4, prompt, response)
 
 
 def test_lengths_must_agree(bert):

@@ -1,0 +1,136 @@
+"""`bayesrm fit`: a program, an engine and data make a posterior on disk."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from ..data import Comparisons
+from ..engines import Engine, Posterior, fit
+from ..errors import ArgumentError
+from ..programs import RewardModel
+from ..rewards import text_head
+from . import _files, _parser, _shipped
+from ._console import Console
+
+_SWITCHES = ("--json", "--overwrite", "-h", "--help")
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The settings of the command; the program and the engine named in it decide which flags there are."""
+    program, engine = (*_parser.positionals(arguments, _SWITCHES)[:2], None, None)[:2]
+    parser = _parser.make_parser(
+        "fit",
+        "Fits a program to feedback and saves its posterior. With PROGRAM and ENGINE, --help shows their flags.",
+    )
+    add_program(parser)
+    names = ", ".join(_shipped.names("inference"))
+    parser.add_argument("engine_name", metavar="ENGINE", help=f"one of {names}, or a path to a .py file with `build`")
+    add_data(parser)
+    parser.add_argument("-o", "--output", metavar="RUN", required=True, help="folder to save the posterior to")
+    parser.add_argument("--overwrite", action="store_true", help="replace a posterior that is there already")
+    parser.add_argument("--seed", type=_parser.Seed, default=0, help="seed of everything random in the fit")
+    builds = add_program_flags(parser, program), _parser.load_build("inference", engine)
+    if builds[1] is not None:
+        _parser.add_flags(parser, builds[1], "engine", _parser.heading("engine", engine, builds[1]))
+    settings = _parser.parse(parser, arguments)
+    settings.builds = builds
+    return settings
+
+
+def run(settings: Namespace, console: Console) -> None:
+    """Fits and saves."""
+    target = _files.check_output_run(settings.output, overwrite=settings.overwrite)
+    model = build_program(settings.builds[0], settings)
+    engine = _parser.built(
+        settings.builds[1], settings.get("engine"), settings.engine_name, "an engine such as Laplace", Engine
+    )
+    data = load_data(settings)
+    console.say(f"{data.summary}\n")
+    check_encoder(model, data, settings.data_source)
+    posterior = fit(model, data, inference=engine, seed=settings.seed, progress=True)
+    posterior.save_pretrained(target)
+    console.say(f"{posterior.summary()}\nsaved to {target}")
+    console.result(
+        {
+            "command": "fit",
+            "run": str(target),
+            "program": settings.program_name,
+            "engine": settings.engine_name,
+            "data": describe(data),
+            "report": dataclasses.asdict(posterior.report),
+            "latents": latent_intervals(posterior),
+        }
+    )
+
+
+def add_program(parser: Any) -> None:
+    """Adds the argument PROGRAM."""
+    names = ", ".join(_shipped.names("models"))
+    parser.add_argument("program_name", metavar="PROGRAM", help=f"one of {names}, or a path to a .py file with `build`")
+
+
+def add_program_flags(parser: Any, program: str | None) -> Any:
+    """Loads the program, adds its flags, and returns its `build`; `None` where none is named."""
+    build = _parser.load_build("models", program)
+    if build is not None:
+        _parser.add_flags(parser, build, "program", _parser.heading("program", program, build), also=text_head)
+    return build
+
+
+def add_data(parser: Any) -> None:
+    """Adds the argument DATA and the flags of the reader."""
+    parser.add_argument(
+        "data_source", metavar="DATA", help="file (.parquet, .jsonl, .json, .csv) or hub id with feedback"
+    )
+    unused = ("source", "in_memory_limit", "cache_dir")
+    _parser.add_flags(parser, Comparisons.load, "data", "flags of the reader", skip=unused)
+
+
+def build_program(build: Any, settings: Namespace) -> RewardModel:
+    """The program with its flags applied."""
+    model: RewardModel = _parser.built(
+        build, settings.get("program"), settings.program_name, "a bayesrm.RewardModel", RewardModel
+    )
+    return model
+
+
+def load_data(settings: Namespace) -> Comparisons:
+    """The feedback that the command line names."""
+    return Comparisons.load(settings.data_source, **settings.data.as_dict())
+
+
+def check_encoder(model: RewardModel, data: Comparisons, source: str) -> None:
+    """Refuses texts that nothing turns into features.
+
+    Raises:
+        ArgumentError: The data carry no features and the program has no encoder.
+    """
+    if data.features is None and model.reward.features is None:
+        raise ArgumentError(
+            f"{source} holds texts without features, and the program has no encoder; "
+            "pass --program.encoder with the folder or hub id of a language model"
+        )
+
+
+def describe(data: Comparisons) -> dict[str, Any]:
+    """What was read, as JSON values."""
+    return {
+        "rows": len(data),
+        "items": data.num_items,
+        "prompts": data.num_prompts,
+        "kinds": list(data.kinds),
+        "refused": [{"row": row, "reason": reason} for row, reason in data.refused],
+    }
+
+
+def latent_intervals(posterior: Posterior) -> dict[str, Any]:
+    """Median and central 90% interval of each latent of the likelihood."""
+    levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    found = {}
+    for name, draws in posterior.latents(2000).items():
+        low, median, high = torch.quantile(draws.double(), levels, dim=0)
+        found[name] = {"median": median, "low": low, "high": high, "level": 0.9}
+    return found

@@ -1,0 +1,106 @@
+"""`bayesrm select`: one response for each prompt."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jsonargparse import Namespace
+from torch import Tensor
+
+from ..beliefs import RewardBelief
+from ..errors import ArgumentError
+from ..selection import LowerConfidenceBound, Mean, Rule, Thompson, select
+from . import _files, _parser
+from ._candidates import Candidates, read_candidates
+from ._console import Console, dump
+from ._runs import add_run, load_run
+
+_RULES = ("mean", "lower_confidence_bound", "thompson")
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The settings of the command."""
+    parser = _parser.make_parser("select", "Picks one of the candidate responses of each prompt.")
+    add_run(parser)
+    parser.add_argument("candidates", metavar="CANDIDATES", help="file with the columns `prompt` and `responses`")
+    parser.add_argument("--rule", choices=_RULES, default="lower_confidence_bound", help="how candidates are scored")
+    parser.add_argument(
+        "--k", type=float, metavar="K", help="standard deviations that lower_confidence_bound subtracts; 1.0 by default"
+    )
+    parser.add_argument(
+        "--spread", help="whose standard deviation: of the deviation from the candidates' mean (default), or pointwise"
+    )
+    parser.add_argument("--seed", type=_parser.Seed, help="seed of the draw of thompson; 0 by default")
+    parser.add_argument("--on-bad-row", choices=("raise", "skip"), default="raise", help="what to do with a bad row")
+    parser.add_argument("-o", "--output", metavar="FILE.jsonl", help="file for the picks, one a line")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
+    return _parser.parse(parser, arguments)
+
+
+def run(settings: Namespace, console: Console) -> None:
+    """Selects, shows and writes."""
+    rule = make_rule(settings.rule, settings.k, settings.spread, settings.seed)
+    if settings.output is not None:
+        _files.check_output_file(settings.output, ".jsonl", overwrite=settings.overwrite)
+    posterior = load_run(settings)
+    candidates, refused = read_candidates(settings.candidates, on_bad_row=settings.on_bad_row)
+    belief = posterior.predict(candidates.prompts, candidates.responses, progress=True)
+    picks = list(picked(candidates, rule(belief), select(belief, rule), belief))
+    if settings.output is not None:
+        with _files.complete_files(_files.check_output_file(settings.output, ".jsonl", overwrite=True)) as (file,):
+            file.write_text("".join(f"{dump(pick)}\n" for pick in picks), encoding="utf-8")
+    for pick in picks:
+        console.say(_show(pick))
+    if refused:
+        console.say(f"{len(refused)} rows refused; the first is row {refused[0][0]}: {refused[0][1]}")
+    if settings.output is not None:
+        console.say(f"written to {settings.output}")
+    console.result(
+        {
+            "command": "select",
+            "run": settings.run,
+            "rule": settings.rule,
+            "output": settings.output,
+            "refused": [{"row": row, "reason": reason} for row, reason in refused],
+            "picks": picks,
+        }
+    )
+
+
+def make_rule(name: str, k: float | None, spread: str | None, seed: int | None) -> Rule:
+    """The selection rule with its settings.
+
+    Raises:
+        ArgumentError: A setting is not one of the rule's, or has a value that is not accepted.
+
+    Example:
+        >>> make_rule("lower_confidence_bound", 2.0, None, None)
+        LowerConfidenceBound(k=2.0, spread='deviation')
+    """
+    bound = name == "lower_confidence_bound"
+    for flag, value, allowed in (("k", k, bound), ("spread", spread, bound), ("seed", seed, name == "thompson")):
+        if value is not None and not allowed:
+            owner = "thompson" if flag == "seed" else "lower_confidence_bound"
+            raise ArgumentError(f"`--{flag}` is {value}, but the rule is {name}; it is a setting of --rule {owner}")
+    if bound:
+        return LowerConfidenceBound(1.0 if k is None else k, "deviation" if spread is None else spread)
+    return Mean() if name == "mean" else Thompson(0 if seed is None else seed)
+
+
+def picked(candidates: Candidates, scores: Tensor, indices: Tensor, belief: RewardBelief) -> Iterator[dict[str, Any]]:
+    """The pick of each prompt: its index, text and score, and what is believed about it."""
+    deviations = belief.differences("mean")
+    for place, index in enumerate(indices.tolist()):
+        yield {
+            "row": candidates.rows[place],
+            "index": index,
+            "prompt": candidates.prompts[place],
+            "response": candidates.responses[place][index],
+            "score": float(scores[place, index]),
+            "deviation": float(deviations.mean[place, index]),
+            "std": float(deviations.std[place, index]),
+        }
+
+
+def _show(pick: Mapping[str, Any]) -> str:
+    response = pick["response"] if isinstance(pick["response"], str) else pick["response"][-1]["content"]
+    return f"row {pick['row']}: [{pick['index']}] score {pick['score']:+.3f}  {' '.join(response.split())[:80]}"
