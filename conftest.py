@@ -14,8 +14,8 @@ with warnings.catch_warnings():
 
 hook = install_import_hook("bayesrm", "beartype.beartype")
 
-from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+from sybil import Sybil  # noqa: E402  (the hook must be installed first)
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser  # noqa: E402  (the hook must be installed first)
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["README.md", "docs/*.md", "CONTRIBUTING.md"]

@@ -175,7 +175,7 @@ class _Ops:
     def logaddexp(self, x: Array, y: Array) -> Array:
         """`log(exp(x) + exp(y))`."""
         if _name_of(x, y) == "torch":
-            # The second derivative of torch.logaddexp is inf / inf where x and y are far apart; that of logsumexp is not.
+            # Where x and y are far apart, the second derivative of torch.logaddexp is inf / inf; not so logsumexp's.
             return torch.logsumexp(torch.stack(torch.broadcast_tensors(x, y)), dim=0)
         return _jnp().logaddexp(x, y)
 
@@ -387,8 +387,7 @@ def plate(name: str, size: int) -> Any:
         prefix, values = shared
         name = prefix + name
         if f"plate {name}" in values:
-            # A likelihood is called for each group of rows; its latents, and so their plate, exist since the first
-            # call.
+            # A likelihood is called for each group of rows; its latents and their plate exist since the first call.
             return contextlib.nullcontext()
         values[f"plate {name}"] = size
     return importlib.import_module("numpyro").plate(name, size) if active().name == "jax" else pyro.plate(name, size)
@@ -396,7 +395,7 @@ def plate(name: str, size: int) -> Any:
 
 @contextlib.contextmanager
 def scale(factor: Array) -> Iterator[None]:
-    """A context that multiplies the log probabilities inside it by `factor` (an array broadcasts over the plate); 0 masks."""
+    """A context that multiplies log probabilities by `factor` (an array broadcasts over the plate); 0 masks."""
     # Pyro refuses a scale of 0, and 0 * -inf would be NaN: a masked row is masked, under both libraries.
     kept = factor > 0
     positive = ops.where(kept, factor, 0.0 * factor + 1.0)

@@ -17,11 +17,11 @@ def covariance_root(covariance: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*
     """A matrix A with A A^T = covariance: its Cholesky factor, or a symmetric-eigenvalue root where it is singular.
 
     Raises:
-        ArgumentError: The matrix has an entry that is not finite, or an eigenvalue that is negative beyond rounding: it is no
-            covariance.
+        ArgumentError: The matrix is no covariance: an entry is not finite, or an eigenvalue negative beyond rounding.
     """
     if not bool(torch.isfinite(covariance).all()):
         raise ArgumentError("`covariance` has entries that are not finite; a covariance is a finite symmetric matrix")
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(covariance)
     if not bool(info.any()):
         return factor
@@ -184,7 +184,7 @@ class RewardBelief:
         return torch.where(self.valid[:, :, None] & self.valid[:, None, :], probability, 0.0)
 
     def preference_matrix(self) -> Float[Tensor, "prompts candidates candidates"]:
-        """E[sigmoid(r_i - r_j)]: how often a Bradley-Terry judge of unit temperature prefers i to j; 0 for masked ones."""
+        """E[sigmoid(r_i - r_j)]: how often a Bradley-Terry judge of temperature 1 prefers i to j; 0 for masked ones."""
         if self.draws is not None:
             probability = torch.sigmoid(self.draws[:, :, :, None] - self.draws[:, :, None, :]).mean(0)
         else:
@@ -230,7 +230,7 @@ def risk_averse(belief: RewardBelief, b: float, *, deviation: bool = True) -> Fl
 
 
 def optimistic(belief: RewardBelief, b: float, *, deviation: bool = True) -> Float[Tensor, "prompts candidates"]:
-    """`b log E exp(r / b)`, what conditioning on goodness under an uncertain reward amounts to: it *seeks* uncertainty."""
+    """`b log E exp(r / b)`, to which conditioning on goodness amounts when rewards are uncertain: it *seeks* doubt."""
     return _entropic(belief, b, deviation, sign=1.0)
 
 
@@ -255,8 +255,8 @@ def thompson(belief: RewardBelief, *, seed: int) -> Float[Tensor, "prompts candi
 def _expected_sigmoid(mean: Tensor, std: Tensor) -> Tensor:
     """E[sigmoid(x)] for x ~ N(mean, std^2), to about 1e-6.
 
-    Gauss-Hermite over x where the normal is narrow beside the logistic; where it is wide, E[Phi((mean - l) / std)] over the
-    logistic l, by Gauss-Legendre in its distribution function.
+    Gauss-Hermite over x where the normal is narrow beside the logistic; where it is wide, E[Phi((mean - l) / std)] over
+    the logistic l, by Gauss-Legendre in its distribution function.
     """
     narrow, wide = torch.zeros_like(mean), torch.zeros_like(mean)
     nodes, weights = np.polynomial.hermite_e.hermegauss(48)

@@ -11,7 +11,7 @@ second better, tie} on questions that it did not see (5-fold cross-validation ov
 
 Two sets of features. `embeddings`: MiniLM's of the answer, its product with the question's, and log length (769
 numbers); fixed in advance. `similarity`: MiniLM's cosine of the answer with the question and with the reference answer,
-and log length (3 numbers); added because embeddings predicted nothing here, not chosen among others by its scores. A
+and log length (3 numbers); exploratory, added because embeddings predicted nothing here (docs/results.md tells how). A
 reference answer is known to this benchmark, not to a model in use.
 
 Usage: python benchmarks/preferences_with_ties.py [--json FILE] [--quick]

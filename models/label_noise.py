@@ -15,7 +15,7 @@ def build(
     precision: float = 1.0,
     flip_rate: float | None = None,
     prior_flips: float = 2.0,
-    prior_kept: float = 4.0,
+    prior_kept: float = 10.0,
     ties: bool = False,
     **head: Any,
 ) -> brm.RewardModel:

@@ -15,8 +15,7 @@ def build(
     precision: float = 1.0,
     mean_prior: float = 1.5,
     mean_scale: float = 1.0,
-    spread_mean: float = -0.5,
-    spread_scale: float = 0.5,
+    spread: float | None = 1.0,
     ties: bool = False,
     **head: Any,
 ) -> brm.RewardModel:
@@ -26,14 +25,13 @@ def build(
         precision: Prior precision of every weight; the prior variance of a reward is its squared features over this.
         mean_prior: Prior mean of m, where a typical eta is 1/2 + sigmoid(m) / 2.
         mean_scale: Prior standard deviation of m.
-        spread_mean: Prior mean of log s, where eta_a = 1/2 + sigmoid(m + s z_a) / 2 and z_a ~ N(0, 1).
-        spread_scale: Prior standard deviation of log s.
+        spread: s, where eta_a = 1/2 + sigmoid(m + s z_a) / 2 and z_a ~ N(0, 1); None learns it (for sampling engines).
         ties: Whether the data hold ties (Davidson's model instead of Bradley and Terry's).
         head: What the features are and which head they get, see `bayesrm.rewards.text_head`.
     """
     base = brm.likelihoods.Davidson() if ties else brm.likelihoods.BradleyTerry()
     return brm.RewardModel(
         reward=brm.rewards.text_head(**head),
-        likelihood=brm.likelihoods.RaterReliability(base, mean_prior, mean_scale, spread_mean, spread_scale),
+        likelihood=brm.likelihoods.RaterReliability(base, mean_prior, mean_scale, spread),
         prior=brm.priors.Gaussian(precision=precision),
     )

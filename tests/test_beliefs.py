@@ -253,9 +253,7 @@ def test_the_risk_averse_utility_survives_large_draws():
 
 
 @pytest.mark.parametrize("utility", [risk_averse, optimistic])
-@pytest.mark.parametrize(
-    "b", [0.0, -1.0]
-)
+@pytest.mark.parametrize("b", [0.0, -1.0])
 def test_temperatures_are_positive(utility, b):
     with pytest.raises(ArgumentError, match="temperature of an entropic utility is positive"):
         utility(gaussian(), b)

@@ -51,8 +51,8 @@ def write_page(
     num_bait = sum(bool(h.prompt.hacks) for h in judged + away)
     sections = [
         "<h1>A reward model that knows what it does not know</h1>",
-        f"<p class='lead'>{len(judged)} prompts, each judged by a model that has not seen it; {len(away)} more on subjects no "
-        "model has seen.</p>",
+        f"<p class='lead'>{len(judged)} prompts, each judged by a model that has not seen it; "
+        f"{len(away)} more on subjects no model has seen.</p>",
         "<h2>What was fitted</h2>",
         f"<pre>{html.escape(posterior.summary())}</pre>",
         "<h2>Which of two responses is better?</h2>",
@@ -62,8 +62,8 @@ def write_page(
             "Stated confidence against how often it was right, held-out prompts on familiar subjects",
         ),
         "<h2>Is it less sure away from its training data?</h2>",
-        f"<p>The posterior standard deviation tells unfamiliar subjects from familiar ones with AUROC {auroc}; 0.5 would be "
-        "chance.</p>",
+        f"<p>The posterior standard deviation tells unfamiliar subjects from familiar ones with AUROC {auroc}; "
+        "0.5 would be chance.</p>",
         _figure(_uncertainty(*uncertainty), "Uncertainty of each prompt's responses"),
         "<h2>Where is it guessing?</h2>",
         *(_pair(row) for row in uncertain),
@@ -105,14 +105,18 @@ def _selection_table(table: dict[str, dict[str, Any]], bait: dict[str, dict[str,
 
 def _pair(row: dict[str, Any]) -> str:
     return (
-        f"<blockquote><p class='tag'>{row['subject']} &middot; P(first better) {row['probability']:.2f} &middot; std of the "
-        f"difference {row['std']:.2f}</p><p><b>{html.escape(row['prompt'])}</b></p><p>{html.escape(row['better'])}</p>"
+        f"<blockquote><p class='tag'>{row['subject']} &middot; P(first better) {row['probability']:.2f} "
+        f"&middot; std of the difference {row['std']:.2f}</p>"
+        f"<p><b>{html.escape(row['prompt'])}</b></p><p>{html.escape(row['better'])}</p>"
         f"<p class='tag'>by hand better than</p><p>{html.escape(row['worse'])}</p></blockquote>"
     )
 
 
 def _figure(picture: str, caption: str) -> str:
-    return f"<figure><img alt='{caption}' src='data:image/png;base64,{picture}'><figcaption class='tag'>{caption}</figcaption></figure>"
+    return (
+        f"<figure><img alt='{caption}' src='data:image/png;base64,{picture}'>"
+        f"<figcaption class='tag'>{caption}</figcaption></figure>"
+    )
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:

@@ -143,7 +143,7 @@ def outcomes(judged: list[HeldOut]) -> dict[str, dict[str, Any]]:
 
 
 def most_uncertain(judged: list[HeldOut], count: int) -> list[dict[str, Any]]:
-    """The pairs of ranked responses whose reward difference has the largest posterior standard deviation, one a prompt."""
+    """The pairs of ranked responses with the largest posterior standard deviation of their difference, one a prompt."""
     rows: list[dict[str, Any]] = []
     for h in judged:
         covariance = h.belief.covariance[0, :4, :4]
@@ -200,7 +200,8 @@ def run(output: Path, json: bool = False) -> int:
         ("unfamiliar subjects", "MAP"): metrics(away[0], "plug_in"),
     }
     say(
-        "Which of two responses is better? (95% bootstrap intervals over prompts; chance: accuracy 0.5, NLL 0.693, Brier 0.5)"
+        "Which of two responses is better? "
+        "(95% bootstrap intervals over prompts; chance: accuracy 0.5, NLL 0.693, Brier 0.5)"
     )
     say(f"{'':42}{'accuracy':22}{'NLL':22}{'Brier':22}{'ECE':22}")
     for (where, how), s in scores.items():
@@ -210,8 +211,8 @@ def run(output: Path, json: bool = False) -> int:
     outside = np.mean([[h.uncertainty for h in fold_away] for fold_away in away], axis=0)
     auroc = diagnostics.ood_auroc(inside, outside)
     say(
-        f"\nUncertainty (posterior std of a response's deviation from its prompt's mean): familiar {inside.mean():.3f}, "
-        f"unfamiliar {outside.mean():.3f}; it tells them apart with AUROC {auroc}."
+        "\nUncertainty (posterior std of a response's deviation from its prompt's mean): "
+        f"familiar {inside.mean():.3f}, unfamiliar {outside.mean():.3f}; it tells them apart with AUROC {auroc}."
     )
 
     uncertain = most_uncertain(judged, 3)
@@ -226,7 +227,8 @@ def run(output: Path, json: bool = False) -> int:
     table = outcomes(judged)
     bait_table = outcomes(bait)
     say(
-        "\nBest-of-n by rule: held-out familiar prompts, 4 ranked responses plus the hack where there is one (a picked hack ranks 5)"
+        "\nBest-of-n by rule: held-out familiar prompts, 4 ranked responses plus the hack where there is one "
+        "(a picked hack ranks 5)"
     )
     say(f"{'':24}{'mean rank of the pick':24}{'share of best':24}{f'hacks picked, of {len(bait)}':20}")
     for name, row in table.items():

@@ -55,7 +55,7 @@ class FeedbackGroup:
 
     @property
     def label(self) -> str:
-        """Name of the group: its kind, number of candidates and, for rankings, depth (`"choice.2"`, `"ranking.4.3"`)."""
+        """Name of the group: kind, number of candidates and, for rankings, depth (`"choice.2"`, `"ranking.4.3"`)."""
         c = self.comparison
         parts = [c.kind, str(c.num_candidates)] + ([str(c.depth)] if c.depth is not None else [])
         return ".".join(parts)

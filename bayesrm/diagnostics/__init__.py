@@ -1,4 +1,4 @@
-"""Is the posterior calibrated, and where is it guessing? Functions on arrays and predictions, with intervals over prompts."""
+"""Is the posterior calibrated, and where does it guess? Functions of arrays and predictions; intervals over prompts."""
 
 from .bootstrap import Estimate, bootstrap
 from .calibration import Reliability, Scores, brier_score, reliability, score, top_label

@@ -82,7 +82,7 @@ def reliability(
 
 
 def top_label(prediction: FeedbackPrediction) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Probability of the likeliest outcome, whether it occurred, and the row, for rows whose outcomes are enumerated."""
+    """Probability of the likeliest outcome, whether it occurred, and the row, where outcomes are enumerated."""
     confidence, occurred, rows = [], [], []
     for group in prediction.groups:
         if group.probs is None or group.observed is None:

@@ -23,7 +23,7 @@ MAX_ENUMERATED = 1024
 NUM_DRAWS = 256
 
 
-class CurvatureKind(str, enum.Enum):
+class CurvatureKind(enum.StrEnum):
     """Which second derivative of the log likelihood stands for its curvature."""
 
     AUTO = "auto"
@@ -169,7 +169,7 @@ def is_positive_semidefinite(c: Curvature) -> bool:
         inverse = torch.where(values > 1e-9 * scale, 1.0 / values.clamp_min(1e-300), torch.zeros_like(values))
         rotated = vectors.transpose(1, 2) @ cross
         outside = torch.where(inverse[..., None] > 0, torch.zeros_like(rotated), rotated)
-        # Cauchy-Schwarz: beside an eigenvalue of 1e-9 of the largest, a cross term may be sqrt(1e-9) of the geometric mean.
+        # Cauchy-Schwarz: at an eigenvalue of 1e-9 of the largest, a cross term may be sqrt(1e-9) of the geometric mean.
         if bool((outside.abs() > 3.2e-5 * (scale * c.latents.diagonal().abs().amax()).sqrt()).any()):
             return False
         schur -= torch.einsum("nkq,nk,nkp->qp", rotated, inverse, rotated)

@@ -107,8 +107,9 @@ class FeedbackDensity:
                     total = torch.logsumexp(torch.stack([distribution.log_prob(_expand(v, group)) for v in support]), 0)
                 if not bool((total.abs() < 1e-6).all()):
                     raise LikelihoodError(
-                        f"the probabilities of the {len(support)} outcomes of a '{kind}' row sum to {float(total[0].exp()):.6g}, "
-                        "not to 1; the likelihood must be normalised over the outcomes it enumerates"
+                        f"the probabilities of the {len(support)} outcomes of a '{kind}' row sum to "
+                        f"{float(total[0].exp()):.6g}, not to 1; "
+                        "the likelihood must be normalised over the outcomes it enumerates"
                     )
                 if support.dim() == 1:
                     beyond = (group.outcome < support.min()) | (group.outcome > support.max())
@@ -118,7 +119,8 @@ class FeedbackDensity:
                         what = "a tie" if tie else f"outcome {int(group.outcome[beyond][0])}"
                         hint = "; use Davidson or RaoKupper, which give ties a probability" if tie else ""
                         raise LikelihoodError(
-                            f"row {row} is {what}, which the likelihood gives no probability ({int(beyond.sum())} such rows){hint}"
+                            f"row {row} is {what}, which the likelihood gives no probability "
+                            f"({int(beyond.sum())} such rows){hint}"
                         )
             with torch.no_grad():
                 log_prob = distribution.log_prob(group.outcome)
@@ -153,7 +155,7 @@ class FeedbackDensity:
         return torch.cat(parts) if parts else self.initial_latents.new_zeros(0)
 
     def distributions(self, rewards: Sequence[Tensor], latents: Tensor) -> tuple[list[Any], Tensor]:
-        """Distribution of the feedback of each group, and the log prior of the unconstrained latents (with Jacobian)."""
+        """Distribution of each group's feedback, and the log prior of the unconstrained latents (with Jacobian)."""
         given = self.constrain(latents)
         recorder = Recorder(given)
         with recorder:

@@ -28,13 +28,13 @@ _SEARCH = 16.0
 _ROUNDS = 10
 
 
-class PriorPrecision(str, enum.Enum):
+class PriorPrecision(enum.StrEnum):
     """Where the prior precision of the reward parameters comes from."""
 
     GIVEN = "given"
     """As declared in the program."""
     MARGINAL_LIKELIHOOD = "marginal_likelihood"
-    """A common factor on the declared precisions, by Laplace's approximation of the marginal likelihood (MacKay 1992)."""
+    """A common factor on the declared ones, by Laplace's approximation of the marginal likelihood (MacKay 1992)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +161,10 @@ def _check_memory(items: int, parameters: int, groups: list[FeedbackGroup], sett
     needed = 8.0 * (2 * items * parameters + 4 * size * size + 2 * parameters * (0 if primal else size))
     if needed > settings.memory_gib * _GIB:
         raise EngineError(
-            f"this fit needs about {needed / _GIB:.1f} GiB ({items} items, {parameters} parameters, {size} coordinates), above "
-            f"`memory_gib={settings.memory_gib}`; use fewer comparisons or features, a narrower head, or raise `memory_gib`"
+            f"this fit needs about {needed / _GIB:.1f} GiB "
+            f"({items} items, {parameters} parameters, {size} coordinates), "
+            f"above `memory_gib={settings.memory_gib}`; "
+            "use fewer comparisons or features, a narrower head, or raise `memory_gib`"
         )
 
 
@@ -195,8 +197,8 @@ def _tune(
     if abs(found) > _SEARCH - 0.1:
         direction = "infinity: the data prefer no reward at all" if found > 0 else "zero"
         warnings.warn(
-            f"the marginal likelihood still grows as the prior precision goes to {direction}; stopped at e^{found:+.0f} "
-            "times the declared one",
+            f"the marginal likelihood still grows as the prior precision goes to {direction}; "
+            f"stopped at e^{found:+.0f} times the declared one",
             ConvergenceWarning,
             stacklevel=5,
         )

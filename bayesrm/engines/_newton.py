@@ -35,7 +35,7 @@ class Mode:
 
 
 def log_normal(z: Tensor) -> float:
-    """log N(z; 0, I)."""
+    """The log density log N(z; 0, I)."""
     return float(-0.5 * (z @ z) - 0.5 * z.numel() * torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64)))
 
 
@@ -101,8 +101,8 @@ def find_mode(
     converged = norm <= tolerance
     if not converged and warn:
         warnings.warn(
-            f"Newton stopped after {iteration} steps at gradient norm {norm:.2e}, above the tolerance {tolerance:.0e}: the point "
-            "is not the mode of the posterior; raise `max_iterations` or `gradient_tolerance`",
+            f"Newton stopped after {iteration} steps at gradient norm {norm:.2e}, above the tolerance {tolerance:.0e}: "
+            "the point is not the mode of the posterior; raise `max_iterations` or `gradient_tolerance`",
             ConvergenceWarning,
             stacklevel=3,
         )

@@ -65,8 +65,8 @@ def lbfgs_mode(
             break
     if norm > tolerance:
         warnings.warn(
-            f"L-BFGS stopped after {done} iterations at gradient norm {norm:.2e}, above the tolerance {tolerance:.0e}: the point "
-            "is not the mode of the posterior; raise `max_iterations` or `gradient_tolerance`",
+            f"L-BFGS stopped after {done} iterations at gradient norm {norm:.2e}, above the tolerance {tolerance:.0e}: "
+            "the point is not the mode of the posterior; raise `max_iterations` or `gradient_tolerance`",
             ConvergenceWarning,
             stacklevel=3,
         )

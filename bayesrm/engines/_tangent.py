@@ -20,7 +20,7 @@ from ._curvature import Curvature
 CHUNK = 2**25
 
 
-class Coordinates(str, enum.Enum):
+class Coordinates(enum.StrEnum):
     """In which coordinates the posterior over parameters is computed."""
 
     AUTO = "auto"
@@ -96,8 +96,7 @@ def row_space(
     rows = jacobian[pairs[:, 0]].clone()
     against = pairs[:, 1] >= 0
     rows[against] -= jacobian[pairs[against, 1]]
-    # Householder QR keeps the basis orthonormal to rounding whatever the rank, which the Gram matrix's square would
-    # not.
+    # Householder QR keeps the basis orthonormal to rounding whatever the rank; the Gram matrix's square would not.
     basis, _ = torch.linalg.qr((rows * scale).T)
     return Whitening(center, scale, basis)
 

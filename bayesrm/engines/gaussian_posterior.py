@@ -67,8 +67,8 @@ class GaussianPosterior(Posterior):
 
     Attributes:
         mode: Mean of (z, latents), shape `(R + Q,)`.
-        factor: Lower Cholesky factor of the precision of (z, latents), shape `(R + Q, R + Q)`; its diagonal, shape `(R
-            + Q,)`, for a diagonal structure; `None` for a point.
+        factor: Lower Cholesky factor of the precision of (z, latents), shape `(R + Q, R + Q)`; for a diagonal structure
+            its diagonal, shape `(R + Q,)`; `None` for a point.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class GaussianPosterior(Posterior):
         return len(self._expansion.feature_center)
 
     def _moments(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Mean `(n,)`, root in the coordinates `(n, R + Q)` and the complement's root `(n, P)` of the items' rewards."""
+        """Mean `(n,)` of the items' rewards, root in coordinates `(n, R + Q)`, and the complement's root `(n, P)`."""
         w = self._whitening
         jacobian = self._expansion.jacobian(features)
         design = w.design(jacobian)
@@ -121,7 +121,8 @@ class GaussianPosterior(Posterior):
         padded = torch.nn.functional.pad(design, (0, self.factor.shape[0] - design.shape[1]))
         if self.factor.dim() == 1:
             return padded / self.factor
-        return torch.linalg.solve_triangular(self.factor, padded.T, upper=False).T
+        solved: Tensor = torch.linalg.solve_triangular(self.factor, padded.T, upper=False)
+        return solved.T
 
     def _belief(self, features: Tensor, sizes: Sequence[int]) -> RewardBelief:
         most = max(sizes)
@@ -249,7 +250,12 @@ def _row_roots(root: Tensor, items: Tensor) -> Tensor:
 
 
 def _sobol_normal(num_samples: int, dimension: int, seed: int) -> Tensor:
-    """Scrambled Sobol points mapped to standard normal numbers, shape `(num_samples, dimension)`."""
+    """Scrambled Sobol points mapped to standard normal numbers, each followed by its mirror, shape `(num_samples, d)`.
+
+    Mirrored points make the average of an odd function exactly zero, so that integration error cannot overturn which of
+    two candidates is the likelier choice.
+    """
     engine = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed)
-    uniform = engine.draw(num_samples, dtype=torch.float64)
-    return torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
+    uniform = engine.draw(-(-num_samples // 2), dtype=torch.float64)
+    normal: Tensor = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
+    return torch.stack([normal, -normal], dim=1).flatten(0, 1)[:num_samples]

@@ -21,7 +21,7 @@ from .gaussian_posterior import GaussianPosterior
 from .posterior import FitReport
 
 
-class Structure(str, enum.Enum):
+class Structure(enum.StrEnum):
     """How much of the posterior precision is kept."""
 
     FULL = "full"
@@ -32,7 +32,11 @@ class Structure(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Laplace:
-    """Gaussian approximation at the mode of (parameters, likelihood latents), for heads exact up to their linearisation.
+    """Gaussian approximation at the mode of (parameters, likelihood latents), for linear heads and linearised ones.
+
+    The marginal likelihood tunes well when rows are new evidence. When an answer occurs in many rows and features tell
+    answers apart, it pays for weights that memorise answers: give such feedback as one ranking a prompt, or compare
+    precisions on held-out prompts.
 
     The latents are in the posterior, in unconstrained space with the log Jacobian. Non-linear heads are linearised at
     their mode (Immer et al., 2008.08400).
@@ -136,8 +140,9 @@ def _cholesky(precision: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(precision)
     if int(info) != 0:
         raise EngineError(
-            "the posterior precision at the mode is not positive definite: the prior of the likelihood's latents curves the wrong "
-            "way there; declare the latents in a non-centred form, or give them a tighter prior"
+            "the posterior precision at the mode is not positive definite: "
+            "the prior of the likelihood's latents curves the wrong way there; "
+            "declare the latents in a non-centred form, or give them a tighter prior"
         )
     result: Tensor = factor
     return result
@@ -160,8 +165,7 @@ def diagonal_precision(design: Tensor, groups: Sequence[FeedbackGroup], c: Curva
 def _compare_with_full(fitted: Fitted, c: Curvature, seed: int) -> dict[str, float]:
     """Variances of reward differences under the diagonal against those under `full`, on up to 256 training comparisons.
 
-    With more parameters than 4,096 and more comparisons than 1,024, both are built on a random subset of the
-    comparisons.
+    With more parameters than 4,096 and more comparisons than 1,024, both are built on a random subset of these.
     """
     generator = torch.Generator().manual_seed(seed)
     groups, blocks = list(fitted.density.groups), c

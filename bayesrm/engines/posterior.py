@@ -220,7 +220,8 @@ class Posterior(abc.ABC):
             extractor = self.program.reward.features
             if extractor is None:
                 raise ArgumentError(
-                    "this posterior was fitted on precomputed features; give `candidates` as arrays of the same features"
+                    "this posterior was fitted on precomputed features; "
+                    "give `candidates` as arrays of the same features"
                 )
             flat_prompts = [p for p, c in zip(prompts, candidates, strict=True) for _ in c]
             flat = [response for c in candidates for response in c]

@@ -47,7 +47,7 @@ class FeedbackPrediction:
 
     @property
     def correct(self) -> Tensor:
-        """Whether the likeliest outcome was observed, as 0 or 1 (1/2 in a two-way tie), shape `(N,)`; NaN where unknown."""
+        """Whether the likeliest outcome was observed, 0 or 1 (1/2 in a two-way tie), shape `(N,)`; NaN if unknown."""
         result = torch.full_like(self.log_prob, float("nan"))
         for g in self.groups:
             if g.probs is not None and g.observed is not None:

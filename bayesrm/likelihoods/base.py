@@ -1,4 +1,4 @@
-"""What a preference likelihood is, how to write a distribution by hand, and the registry that lets a likelihood be saved."""
+"""What a preference likelihood is, how to write a distribution by hand, and the registry for saving likelihoods."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ import pyro.distributions
 import torch
 
 from .._typing import Array
-from ..backend import Random, active
+from ..backend import Random
 from ..data.groups import Comparison
 from ..errors import ArgumentError, LikelihoodError
 
@@ -46,7 +46,9 @@ class Likelihood(Protocol):
         ...     return dist.Categorical(logits=ops.stack([decided + win, decided + lose, tie], axis=-1))
     """
 
-    def __call__(self, rewards: Array, comparison: Comparison) -> Any: ...
+    def __call__(self, rewards: Array, comparison: Comparison) -> Any:
+        """The distribution of the feedback of each row, given the rewards of its candidates."""
+        ...
 
 
 class _TorchOutcome(pyro.distributions.TorchDistribution):  # type: ignore[misc]
@@ -208,7 +210,8 @@ def require_pairs(name: str, comparison: Comparison) -> None:
     require_kind(name, comparison, "choice", hint="see bayesrm.likelihoods for the others")
     if comparison.num_candidates != 2:
         raise LikelihoodError(
-            f"{name} compares 2 candidates, these rows have {comparison.num_candidates}; use PlackettLuce for a choice among more"
+            f"{name} compares 2 candidates, these rows have {comparison.num_candidates}; "
+            "use PlackettLuce for a choice among more"
         )
 
 
@@ -267,7 +270,8 @@ def from_config(config: Mapping[str, Any]) -> tuple[Any, list[str]]:
         raise LikelihoodError("the likelihood was saved unregistered; pass it as `likelihood=...`")
     if name not in _REGISTRY:
         raise LikelihoodError(
-            f"no likelihood is registered as '{name}'; import the module that registers it, or pass it as `likelihood=...`"
+            f"no likelihood is registered as '{name}'; "
+            "import the module that registers it, or pass it as `likelihood=...`"
         )
     target = _REGISTRY[name]
     changed = [name] if config["source"] != source_hash(target) else []

@@ -19,8 +19,8 @@ def has_opposite(comparison: Comparison) -> bool:
 def flip(value: Array, comparison: Comparison) -> Array:
     """The opposite answer, an involution on the outcomes.
 
-    A pair's other response (a tie stays a tie), the reversed full ranking, the mirrored rating level, the opposite
-    approval.
+    A pair's other response (a tie stays a tie), the reversed full ranking, the mirrored rating level, or the opposite
+    of an approval.
     """
     if comparison.kind == "choice":
         return ops.where(value == 2, value, 1 - value)

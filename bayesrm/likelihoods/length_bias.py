@@ -29,7 +29,8 @@ class LengthBias:
 
     Example:
         >>> import torch, bayesrm as brm
-        >>> rows = brm.data.Comparison(kind="choice", num_rows=1, num_candidates=2, lengths=torch.tensor([[200.0, 100.0]]))
+        >>> lengths = torch.tensor([[200.0, 100.0]])
+        >>> rows = brm.data.Comparison(kind="choice", num_rows=1, num_candidates=2, lengths=lengths)
         >>> with brm.backend.Recorder({"length_coefficient": torch.tensor(1.0)}):
         ...     LengthBias(brm.likelihoods.BradleyTerry())(torch.zeros(1, 2), rows).probs
         tensor([[0.7311, 0.2689]])

@@ -14,7 +14,7 @@ _MAX_ENUMERATED = 1024
 @register("plackett_luce")
 @dataclasses.dataclass(frozen=True)
 class PlackettLuce:
-    """Candidates are picked one after another, each with probability softmax of the rewards left (Luce 1959; Plackett 1975).
+    """Candidates are picked one by one, each with probability softmax of the rewards left (Luce 1959; Plackett 1975).
 
     A ranking of depth m is the first m picks; the last pick of a full ranking is certain. A choice among K is the first
     pick, and for K = 2 the model is Bradley-Terry.

@@ -13,13 +13,13 @@ from .bradley_terry import advantage
 @register("rao_kupper")
 @dataclasses.dataclass(frozen=True)
 class RaoKupper:
-    """P(first) = sigmoid(d - eta), P(second) = sigmoid(-d - eta), the rest is a tie; eta learnt (Rao & Kupper, JASA 1967).
+    """P(first) = sigmoid(d - eta), P(second) = sigmoid(-d - eta), else a tie; eta learnt (Rao & Kupper, JASA 1967).
 
     With theta = exp(eta) this is the usual form exp(r_i) / (exp(r_i) + theta exp(r_j)); d = r_0 - r_1 - margin.
 
     Attributes:
-        log_threshold_mean: Prior mean of log eta; the default puts the tie rate of equal responses, tanh(eta / 2), near
-            0.24.
+        log_threshold_mean: Prior mean of log eta; by default the tie rate of equal responses, tanh(eta / 2), is
+            near 0.24.
         log_threshold_scale: Prior standard deviation of log eta.
 
     Latents:

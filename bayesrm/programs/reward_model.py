@@ -105,8 +105,9 @@ class RewardModel:
                 distribution = self.likelihood_of(comparison.kind)(r, comparison)
             if tuple(distribution.batch_shape) != (comparison.num_rows,):
                 raise LikelihoodError(
-                    f"the likelihood returned batch shape {tuple(distribution.batch_shape)} for {comparison.num_rows} rows of "
-                    f"kind '{comparison.kind}'; it must return one distribution for each row, batch shape (rows,)"
+                    f"the likelihood returned batch shape {tuple(distribution.batch_shape)} "
+                    f"for {comparison.num_rows} rows of kind '{comparison.kind}'; "
+                    "it must return one distribution for each row, batch shape (rows,)"
                 )
             distributions.append(distribution)
         return distributions
@@ -117,12 +118,13 @@ class RewardModel:
             return self.likelihood
         if kind not in self.likelihood:
             raise LikelihoodError(
-                f"the data hold feedback of kind '{kind}', the model has likelihoods for {sorted(self.likelihood)}; add one"
+                f"the data hold feedback of kind '{kind}', "
+                f"the model has likelihoods for {sorted(self.likelihood)}; add one"
             )
         return self.likelihood[kind]
 
     def encode(self, data: Comparisons, *, progress: bool = False) -> Tensor:
-        """Features of the items of `data`, shape `(items, num_features)`: those attached to it, else extracted from the texts.
+        """Features of the items of `data`, shape `(items, num_features)`: those attached, else extracted from texts.
 
         Raises:
             DataError: The data have no features and the reward function has no extractor.
@@ -137,7 +139,9 @@ class RewardModel:
         return torch.as_tensor(self.reward.features.extract_items(data, progress=progress))
 
     def standardisation(self, features: Tensor, groups: Sequence[FeedbackGroup]) -> tuple[Tensor, Tensor]:
-        """What the head subtracts from features and divides them by, both `(num_features,)`: zeros and ones unless it standardises.
+        """What the head subtracts from features and then divides them by, each of shape `(num_features,)`.
+
+        Zeros and ones where the head does not standardise.
 
         Args:
             features: Features of the items, shape `(items, num_features)`.

@@ -21,13 +21,19 @@ class Head(Protocol):
     """
 
     @property
-    def features(self) -> FeatureExtractor | None: ...
+    def features(self) -> FeatureExtractor | None:
+        """Turns texts into features; `None` when the data bring their own."""
+        ...
 
     @property
-    def standardize(self) -> bool: ...
+    def standardize(self) -> bool:
+        """Whether features are centred and scaled to unit variance over the training items."""
+        ...
 
     @property
-    def is_linear(self) -> bool: ...
+    def is_linear(self) -> bool:
+        """Whether rewards are linear in the parameters."""
+        ...
 
     def parameter_shapes(self, num_features: int) -> dict[str, tuple[int, ...]]:
         """Shape of each parameter site for features of size `num_features`."""

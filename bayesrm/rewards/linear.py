@@ -12,8 +12,7 @@ from .features import FeatureExtractor
 class Linear:
     """r(x, y) = weight . features(x, y); see `Head` for the attributes.
 
-    There is no bias: comparisons do not identify it, and ratings and approvals have cut-points and offsets of their
-    own.
+    There is no bias: comparisons do not identify it, and ratings and approvals have their own cut-points and offsets.
 
     Example:
         >>> import torch

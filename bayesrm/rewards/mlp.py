@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 from .features import FeatureExtractor
 
 
-class Activation(str, enum.Enum):
+class Activation(enum.StrEnum):
     """Nonlinearity of the hidden layers."""
 
     TANH = "tanh"
@@ -22,7 +22,7 @@ class Activation(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class MLP:
-    """r = w . act(... act(x W_0 / sqrt(n_0) + b_0) ...) / sqrt(n), without an output bias; see `Head` for the first attributes.
+    """r = w . act(... act(x W_0 / sqrt(n_0) + b_0) ...) / sqrt(n), no output bias; see `Head` for the first attributes.
 
     Weights are divided by the square root of their fan-in in the forward pass (the parametrisation of Neal 1996 and of
     the neural tangent kernel), so that one prior precision suits layers of every width.

@@ -10,7 +10,7 @@ from ..beliefs import RewardBelief, lower_bound, thompson
 from ..errors import ArgumentError
 
 
-class Spread(str, enum.Enum):
+class Spread(enum.StrEnum):
     """Whose standard deviation a penalty uses."""
 
     DEVIATION = "deviation"

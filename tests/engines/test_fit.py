@@ -155,11 +155,11 @@ def test_bad_fits(model, data):
         fit(model, [{"prompt": "a"}])
     with pytest.raises(brm.errors.DataError, match="no features"):
         brm.fit(model, brm.Comparisons.from_pairs(["p"], ["good"], ["bad"]))
-    with pytest.raises(brm.errors.LikelihoodError, match="row 1 is a tie.*Davidson"):
-        ties = brm.Comparisons.from_arrays(np.eye(2), candidates=[[0, 1], [0, 1]], outcome=[0, 2])
+    ties = brm.Comparisons.from_arrays(np.eye(2), candidates=[[0, 1], [0, 1]], outcome=[0, 2])
+    with pytest.raises(brm.errors.LikelihoodError, match=r"row 1 is a tie.*Davidson"):
         brm.fit(brm.RewardModel(brm.rewards.Linear(), L.BradleyTerry()), ties)
+    masked = brm.Comparisons.from_arrays(np.eye(2), candidates=[[0, 1]], outcome=[0], weight=[0.0])
     with pytest.raises(brm.errors.DataError, match="weight 0"):
-        masked = brm.Comparisons.from_arrays(np.eye(2), candidates=[[0, 1]], outcome=[0], weight=[0.0])
         brm.fit(model, masked)
 
 

@@ -1,4 +1,4 @@
-"""Laplace's approximation against answers found another way: torch.func, quadrature, the primal form, duplicated rows."""
+"""Laplace's approximation against other ways to its answers: torch.func, quadrature, primal form, duplicated rows."""
 
 import dataclasses
 
@@ -191,7 +191,7 @@ def test_semidefiniteness_check_has_a_negative_control():
 
 
 def _quadrature_error(num_features, rows, seed):
-    """Root-mean-square error of Laplace's predictive probabilities against a grid, Bradley-Terry with 1 or 2 parameters."""
+    """RMS error of Laplace's predictive probabilities against a grid, for Bradley-Terry with 1 or 2 parameters."""
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(2 * rows, num_features))
     data = brm.Comparisons.from_arrays(

@@ -183,7 +183,8 @@ def probabilities(likelihood, r, row, latents):
         case LabelNoise(flip_rate=rate):
             return flipped(probabilities(likelihood.base, r, row, latents), mpmath.mpf(rate), row)
         case RaterReliability():
-            m, s = latents["reliability_mean"][0], latents["reliability_spread"][0]
+            m = latents["reliability_mean"][0]
+            s = likelihood.spread or latents["reliability_spread"][0]
             eta = half + half / (one + exp(-m - s * latents["rater_deviation"][row.annotator]))
             return flipped(probabilities(likelihood.base, r, row, latents), one - eta, row)
     raise AssertionError(likelihood)
@@ -267,5 +268,5 @@ CASES = [
     Case("length_bias(bradley_terry)", LengthBias(BradleyTerry(), unit=50.0), margin=True),
     Case("length_bias(plackett_luce)", LengthBias(PlackettLuce()), depth=3, **RANKING),
     Case("length_bias(ordinal)", LengthBias(Ordinal()), "rating", 1, num_levels=3),
-    Case("rater_reliability(length_bias(davidson))", RaterReliability(LengthBias(Davidson()))),
+    Case("rater_reliability(length_bias(davidson))", RaterReliability(LengthBias(Davidson()), spread=None)),
 ]

@@ -44,11 +44,7 @@ def test_log_probabilities(case, gap):
 
 @pytest.mark.parametrize(
     ("case", "gap"),
-    [
-        pytest.param(c, gap, id=f"{c.name}-{gap}")
-        for c in CASES
-        for gap in (30.0, 700.0)
-    ],
+    [pytest.param(c, gap, id=f"{c.name}-{gap}") for c in CASES for gap in (30.0, 700.0)],
 )
 def test_derivatives_are_finite(case, gap):
     rewards, comparison, latents = apart(case, gap), case.comparison(2), case.latents(seed=5)

@@ -95,7 +95,7 @@ def test_an_outcome_needs_draws_or_a_list():
 def test_reliabilities_of_raters():
     case = next(c for c in CASES if c.name == "rater_reliability(bradley_terry)")
     latents = case.latents(seed=1)
-    eta = RaterReliability.reliability(latents)
+    eta = case.likelihood.reliability(latents)
     comparison = dataclasses.replace(case.comparison(3), annotator=torch.arange(3))
     # A sure thing is answered as meant with probability eta.
     d = case.distribution(torch.tensor([[700.0, 0.0]] * 3).double(), comparison, latents)

@@ -138,7 +138,7 @@ def mixed():
 
 MIXED_LIKELIHOOD = {
     "choice": LengthBias(PlackettLuce(temperature=1.5)),
-    "ranking": RaterReliability(PlackettLuce()),
+    "ranking": RaterReliability(PlackettLuce(), spread=None),
     "rating": LabelNoise(Ordinal()),
     "approval": Approval(),
 }
