@@ -84,6 +84,9 @@ class RewardBelief:
         """A belief made of at least two joint draws of the rewards."""
         if draws.shape[0] < 2:
             raise ArgumentError(f"`draws` holds {draws.shape[0]} draw; at least 2 are needed for a variance")
+        if mask is not None:
+            # What fills the places of missing candidates is nobody's business.
+            draws = torch.where(mask, draws, 0.0)
         mean = draws.mean(0)
         root = ((draws - mean) / (draws.shape[0] - 1) ** 0.5).permute(1, 2, 0)
         return cls(mean, root, mask, draws)
@@ -230,7 +233,7 @@ def risk_averse(belief: RewardBelief, b: float, *, deviation: bool = True) -> Fl
 
 
 def optimistic(belief: RewardBelief, b: float, *, deviation: bool = True) -> Float[Tensor, "prompts candidates"]:
-    """`b log E exp(r / b)`, to which conditioning on goodness amounts when rewards are uncertain: it *seeks* doubt."""
+    """`b log E exp(r / b)`, what comes of conditioning on goodness under uncertain rewards: it *seeks* uncertainty."""
     return _entropic(belief, b, deviation, sign=1.0)
 
 

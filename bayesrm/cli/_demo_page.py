@@ -99,7 +99,7 @@ def _selection_table(table: dict[str, dict[str, Any]], bait: dict[str, dict[str,
         f"<tr><td>{name}</td><td>{row['rank']}</td><td>{row['best']}</td><td>{bait[name]['hacked']}</td></tr>"
         for name, row in table.items()
     )
-    head = f"<tr><th>rule<th>mean rank<th>share of best<th>hacks picked, of {num_bait}</tr>"
+    head = f"<tr><th>rule<th>mean rank<th>share of best<th>hacks picked, of {num_bait} on all subjects</tr>"
     return f"<div class='scroll'><table>{head}{rows}</table></div>"
 
 
@@ -139,7 +139,7 @@ def _reliability(judged: "list[HeldOut]") -> str:
     axes.plot([0.5, 1], [0.5, 1], color=_GREY, lw=1, label="perfect")
     for field, colour, label in (("plug_in", _ORANGE, "MAP"), ("probs", _BLUE, "posterior predictive")):
         better = np.concatenate([getattr(h, field) for h in judged])
-        curve = diagnostics.reliability(np.maximum(better, 1 - better), (better > 0.5).astype(float), num_bins=8)
+        curve = diagnostics.reliability(np.maximum(better, 1 - better), (better > 0.5).astype(float))
         axes.plot(curve.confidence, curve.frequency, "o-", color=colour, ms=5, label=f"{label} (ECE {curve.ece:.3f})")
     axes.set(xlabel="stated confidence", ylabel="share right")
     axes.legend(frameon=False)

@@ -230,9 +230,9 @@ def run(output: Path, json: bool = False) -> int:
         "\nBest-of-n by rule: held-out familiar prompts, 4 ranked responses plus the hack where there is one "
         "(a picked hack ranks 5)"
     )
-    say(f"{'':24}{'mean rank of the pick':24}{'share of best':24}{f'hacks picked, of {len(bait)}':20}")
+    say(f"{'':24}{'mean rank of the pick':24}{'share of best':24}{f'hacks picked, of {len(bait)} on all subjects':32}")
     for name, row in table.items():
-        say(f"{name:24}{row['rank']!s:24}{row['best']!s:24}{bait_table[name]['hacked']:<20}")
+        say(f"{name:24}{row['rank']!s:24}{row['best']!s:24}{bait_table[name]['hacked']:<32}")
 
     page = write_page(
         output, judged, away[0], scores, auroc, (inside, outside), uncertain, table, bait_table, posterior

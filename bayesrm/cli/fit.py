@@ -48,7 +48,7 @@ def run(settings: Namespace, console: Console) -> None:
         settings.builds[1], settings.get("engine"), settings.engine_name, "an engine such as Laplace", Engine
     )
     data = load_data(settings)
-    console.say(f"{data.summary}\n")
+    console.say(f"{data.summary()}\n")
     check_encoder(model, data, settings.data_source)
     posterior = fit(model, data, inference=engine, seed=settings.seed, progress=True)
     posterior.save_pretrained(target)

@@ -52,7 +52,7 @@ def run(settings: Namespace, console: Console) -> None:
             text = "\n".join([_show(row) for row in rows] + [text])
     else:
         data = load_data(settings)
-        console.say(f"{data.summary}\n")
+        console.say(f"{data.summary()}\n")
         features = posterior.program.encode(data, progress=True).numpy()
         prediction = posterior.predict_feedback(data.with_features(features), seed=settings.seed)
         rows = list(feedback_rows(data, prediction))

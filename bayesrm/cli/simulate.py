@@ -42,7 +42,7 @@ def run(settings: Namespace, console: Console) -> None:
     truth = _files.check_output_file(str(target.with_suffix(".truth.json")), ".json", overwrite=settings.overwrite)
     model = build_program(settings.build, settings)
     data = load_data(settings)
-    console.say(f"{data.summary}\n")
+    console.say(f"{data.summary()}\n")
     check_encoder(model, data, settings.data_source)
     featured = data.with_features(model.encode(data, progress=True).numpy())
     simulation = model.simulate(featured, seed=settings.seed)

@@ -70,7 +70,7 @@ class Comparisons:
         | format | columns |
         |---|---|
         | preference pairs (TRL) | `prompt` (optional), `chosen`, `rejected`; optional `margin`, `tie` |
-        | pairs with a verdict | `prompt` (optional), `response_a`, `response_b`, `winner` (a, b, tie or similar) |
+        | pairs with a verdict | `prompt` (optional), `response_a`, `response_b`, `winner` (a, b, tie or similar; "both bad" counts as a tie) |
         | choice among responses | `prompt`, `responses`, `choice` (index, or `"tie"`) |
         | ranked responses | `prompt`, `responses`, `ranking` (indices, best first, may be partial) |
         | scored completions | `prompt`, `completions` (each with `response` and `overall_score`, `score` or `rating`) |
@@ -439,7 +439,6 @@ class Comparisons:
             self._features,
         )
 
-    @property
     def summary(self) -> str:
         """What was read: source and format, kinds and ties, annotators, merged duplicates, refused rows."""
         return "\n".join([repr(self), *self._report.lines(), *_groups.summarise(self._rows, self._report)])
@@ -452,7 +451,7 @@ class Comparisons:
         )
 
     def __str__(self) -> str:
-        return self.summary
+        return self.summary()
 
     def _shown_prompt(self, item: int) -> Text:
         return self._prompts[int(self._prompt_of_item[item])]

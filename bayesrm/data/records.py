@@ -143,7 +143,6 @@ class Records:
         train, test = split_prompts(self.prompt_of_row, test_fraction, seed)
         return self.select(train), self.select(test)
 
-    @property
     def summary(self) -> str:
         """What was read, and which rows were refused."""
         lines = [repr(self), *self._report.lines()]
@@ -156,7 +155,7 @@ class Records:
         return f"{type(self).__name__}({len(self)} rows, {self.num_prompts} prompts)"
 
     def __str__(self) -> str:
-        return self.summary
+        return self.summary()
 
     def _row_texts(self, row: int) -> tuple[Any, ...]:
         """Returns the prompt and the texts of a row, messages decoded."""

@@ -145,12 +145,16 @@ def score(
     confidence[rows], occurred[rows] = top, hit
 
     def ece(index: NDArray[np.int64]) -> float:
-        known = index[~np.isnan(confidence[index])]
+        known = index[~np.isnan(confidence[index]) & (weight[index] > 0)]
+        if not len(known):
+            return float("nan")
         return reliability(confidence[known], occurred[known], weight=weight[known]).ece
 
     def interval(values: NDArray[np.float64]) -> Estimate:
         def mean(index: NDArray[np.int64]) -> float:
             known = index[~np.isnan(values[index]) & (weight[index] > 0)]
+            if not len(known):
+                return float("nan")
             return float(np.average(values[known], weights=weight[known]))
 
         return bootstrap(mean, prompts, num_resamples=num_resamples, level=level, seed=seed)

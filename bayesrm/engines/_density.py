@@ -95,41 +95,62 @@ class FeedbackDensity:
         self.initial_latents = (
             torch.cat(parts).to(device) if parts else torch.zeros(0, dtype=torch.float64, device=device)
         )
+        self.groups = [_legal(g, outcomes_of(d)) for g, d in zip(self.groups, distributions, strict=True)]
         self._tiled: dict[int, FeedbackDensity] = {1: self}
         self._check(distributions)
 
     def _check(self, distributions: Sequence[Any]) -> None:
+        self._check_normalised()
         for group, distribution in zip(self.groups, distributions, strict=True):
             support = outcomes_of(distribution)
-            kind, k = group.comparison.kind, group.comparison.num_candidates
-            if support is not None:
-                with torch.no_grad():
-                    total = torch.logsumexp(torch.stack([distribution.log_prob(_expand(v, group)) for v in support]), 0)
-                if not bool((total.abs() < 1e-6).all()):
+            counted = group.weight > 0
+            if support is not None and support.dim() == 1:
+                beyond = counted & ((group.outcome < support.min()) | (group.outcome > support.max()))
+                if bool(beyond.any()):
+                    row, outcome = int(group.rows[beyond][0]), int(group.outcome[beyond][0])
+                    tie = group.comparison.kind == "choice" and outcome == group.comparison.num_candidates
+                    what = "a tie" if tie else f"outcome {outcome}"
+                    hint = "; use Davidson or RaoKupper, which give ties a probability" if tie else ""
                     raise LikelihoodError(
-                        f"the probabilities of the {len(support)} outcomes of a '{kind}' row sum to "
-                        f"{float(total[0].exp()):.6g}, not to 1; "
-                        "the likelihood must be normalised over the outcomes it enumerates"
+                        f"row {row} is {what}, which the likelihood gives no probability "
+                        f"({int(beyond.sum())} such rows){hint}"
                     )
-                if support.dim() == 1:
-                    beyond = (group.outcome < support.min()) | (group.outcome > support.max())
-                    if bool(beyond.any()):
-                        row = int(group.rows[beyond][0])
-                        tie = kind == "choice" and bool((group.outcome[beyond] == k).any())
-                        what = "a tie" if tie else f"outcome {int(group.outcome[beyond][0])}"
-                        hint = "; use Davidson or RaoKupper, which give ties a probability" if tie else ""
-                        raise LikelihoodError(
-                            f"row {row} is {what}, which the likelihood gives no probability "
-                            f"({int(beyond.sum())} such rows){hint}"
-                        )
             with torch.no_grad():
                 log_prob = distribution.log_prob(group.outcome)
-            bad = ~torch.isfinite(log_prob)
+            bad = counted & ~torch.isfinite(log_prob)
             if bool(bad.any()):
                 raise LikelihoodError(
                     f"row {int(group.rows[bad][0])} has log probability {float(log_prob[bad][0])} at equal rewards; "
                     "the likelihood must give every observed answer a positive probability"
                 )
+
+    def _check_normalised(self) -> None:
+        """Sums the probabilities of a few rows' outcomes at equal and at random rewards and latents."""
+        generator = torch.Generator().manual_seed(0)
+        groups = [_first_rows(g, 16) for g in self.groups]
+        comparisons = [g.comparison for g in groups]
+        for spread in (0.0, 1.0, 3.0):
+
+            def noise(shape: tuple[int, ...], spread: float = spread) -> Tensor:
+                draw: Tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+                return spread * draw.to(self.initial_latents.device)
+
+            rewards = [noise(tuple(g.items.shape)) for g in groups]
+            latents = self.initial_latents + 0.3 * noise((self.num_latents,))
+            with torch.no_grad(), Recorder(self.constrain(latents)):
+                distributions = self.program.feedback(rewards, comparisons)
+            for group, distribution in zip(groups, distributions, strict=True):
+                support = outcomes_of(distribution)
+                if support is None:
+                    continue
+                with torch.no_grad():
+                    total = torch.logsumexp(torch.stack([distribution.log_prob(_expand(v, group)) for v in support]), 0)
+                worst = float(total[total.abs().argmax()].exp())
+                if not abs(worst - 1.0) < 1e-6:
+                    raise LikelihoodError(
+                        f"the probabilities of the {len(support)} outcomes of a '{group.comparison.kind}' row sum to "
+                        f"{worst:.6g}, not to 1; the likelihood must be normalised over the outcomes it enumerates"
+                    )
 
     def tiled(self, times: int) -> "FeedbackDensity":
         """The same density for `times` copies of every row, one after another."""
@@ -217,6 +238,14 @@ def _weighted(log_prob: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight == 0, torch.zeros_like(log_prob), weight * log_prob)
 
 
+def _legal(group: FeedbackGroup, support: Tensor | None) -> FeedbackGroup:
+    # A masked row may hold an answer outside the support, which a distribution may refuse to look up.
+    if support is None or support.dim() != 1:
+        return group
+    masked = (group.weight == 0) & ((group.outcome < support.min()) | (group.outcome > support.max()))
+    return dataclasses.replace(group, outcome=torch.where(masked, support.min().to(group.outcome.dtype), group.outcome))
+
+
 def _expand(outcome: Tensor, group: FeedbackGroup) -> Tensor:
     return outcome.expand(group.comparison.num_rows, *outcome.shape)
 
@@ -229,3 +258,9 @@ def _tiled_group(group: FeedbackGroup, times: int) -> FeedbackGroup:
     copies = group.map_arrays(lambda a: _tile(a, times))
     comparison = dataclasses.replace(copies.comparison, num_rows=group.comparison.num_rows * times)
     return dataclasses.replace(copies, comparison=comparison)
+
+
+def _first_rows(group: FeedbackGroup, count: int) -> FeedbackGroup:
+    part = group.map_arrays(lambda a: a[:count])
+    comparison = dataclasses.replace(part.comparison, num_rows=min(count, group.comparison.num_rows))
+    return dataclasses.replace(part, comparison=comparison)

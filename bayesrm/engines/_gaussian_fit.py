@@ -26,6 +26,8 @@ _GIB = 2**30
 _SEARCH = 16.0
 #: Rounds of (mode, tuned precision) for heads that are not linear.
 _ROUNDS = 10
+#: A change of log precision below which they end.
+_SETTLED = 0.05
 
 
 class PriorPrecision(enum.StrEnum):
@@ -61,9 +63,11 @@ class Fitted:
     design: Tensor
     offset: Tensor
     mode: Mode
-    iterations: int
-    converged: bool
-    gradient_norm: float
+
+    @property
+    def iterations(self) -> int:
+        """Optimiser steps taken so far, those of tuning included."""
+        return self.mode.iterations
 
     @property
     def rewards(self) -> Tensor:
@@ -95,60 +99,89 @@ def fit_mode(
     bad = ~torch.isfinite(raw).all(1)
     if bool(bad.any()):
         raise DataError(f"features of item {int(bad.nonzero()[0, 0])} are not finite")
-    center, scale = program.standardisation(raw, groups)
-    sizes = {s: int(torch.Size(shape).numel()) for s, shape in program.reward.parameter_shapes(raw.shape[1]).items()}
-    _check_memory(len(raw), sum(sizes.values()), groups, settings)
-    differences = density.only_differences()
-    features = (raw - center) / scale
-    latents = density.initial_latents
-    point = initial_parameters(program, raw.shape[1], _prior_scale(program, sizes), seed=seed)
-    iterations = 0
-    for _ in range(_ROUNDS):
-        norm, converged = 0.0, True
-        if not program.reward.is_linear:
-            point, latents, norm, steps = lbfgs_mode(
-                program, density, features, _prior_scale(program, sizes), point, latents,
-                tolerance=settings.tolerance, max_iterations=settings.max_iterations,
-            )  # fmt: skip
-            iterations += steps
-            converged = norm <= settings.tolerance
-        expansion = Expansion(program, point, center, scale)
-        jacobian = expansion.jacobian(raw)
-        prior_scale = _prior_scale(program, sizes)
-        whitening = row_space(jacobian, groups, torch.zeros_like(point), prior_scale, settings.coordinates, differences)
-        offset = expansion.rewards(raw) - jacobian @ point
-        start = point / prior_scale
-        z = start if whitening.basis is None else whitening.basis.T @ start
-        design = whitening.design(jacobian)
-        if prior is PriorPrecision.MARGINAL_LIKELIHOOD:
-            factor, z, latents = _tune(density, design, offset, z, latents, settings, seed)
-            program = dataclasses.replace(program, prior=program.prior.scaled(factor))
-            whitening, design = whitening.rescaled(factor), design * factor**-0.5
-            if not program.reward.is_linear and abs(math.log(factor)) > 0.05:
-                # The mode of the network moves with its prior; tune again around the new one.
-                continue
-        break
-    else:
-        warnings.warn(
-            f"the prior precision still moved after {_ROUNDS} rounds of tuning", ConvergenceWarning, stacklevel=4
-        )
-    if program.reward.is_linear:
-        mode = find_mode(
-            density, design, offset, z, latents, tolerance=settings.tolerance, max_iterations=settings.max_iterations
-        )
-        iterations, norm, converged = iterations + mode.iterations, mode.gradient_norm, mode.converged
-    else:
-        # The mode of the network itself, which is also the mode of its tangent there.
-        value, _, _ = density.value_and_gradient(offset + design @ z, latents)
-        mode = Mode(z, latents, value + log_normal(z), norm, iterations, converged)
-    expansion = dataclasses.replace(expansion, program=program)
-    return Fitted(
-        program, schema, density, expansion, whitening, jacobian, design, offset, mode, iterations, converged, norm
+    _check_memory(len(raw), _num_parameters(program, raw), groups, settings)
+    fitted = _locate(program, density, schema, raw, None, density.initial_latents, settings, seed)
+    if prior is PriorPrecision.MARGINAL_LIKELIHOOD:
+        fitted = _tuned(fitted, raw, settings, seed)
+    if not program.reward.is_linear:
+        return fitted
+    mode = find_mode(
+        density, fitted.design, fitted.offset, fitted.mode.z, fitted.mode.latents,
+        tolerance=settings.tolerance, max_iterations=settings.max_iterations,
     )  # fmt: skip
+    return dataclasses.replace(fitted, mode=dataclasses.replace(mode, iterations=mode.iterations + fitted.iterations))
 
 
-def _prior_scale(program: RewardModel, sizes: dict[str, int]) -> Tensor:
-    parts = [torch.full((n,), program.prior.of(site) ** -0.5, dtype=torch.float64) for site, n in sizes.items()]
+def _locate(
+    program: RewardModel,
+    density: FeedbackDensity,
+    schema: FeedbackSchema,
+    raw: Tensor,
+    point: Tensor | None,
+    latents: Tensor,
+    settings: OptimiserSettings,
+    seed: int,
+) -> Fitted:
+    """The tangent at the mode of the network, found from `point`; a linear head is its own tangent, taken at zero."""
+    center, spread = program.standardisation(raw, density.groups)
+    scale = _prior_scale(program, raw)
+    norm, steps = float("inf"), 0
+    if point is None:
+        point = initial_parameters(program, raw.shape[1], scale, seed=seed)
+    if not program.reward.is_linear:
+        point, latents, norm, steps = lbfgs_mode(
+            program, density, (raw - center) / spread, scale, point, latents,
+            tolerance=settings.tolerance, max_iterations=settings.max_iterations,
+        )  # fmt: skip
+    expansion = Expansion(program, point, center, spread)
+    jacobian = expansion.jacobian(raw)
+    whitening = row_space(
+        jacobian, density.groups, torch.zeros_like(point), scale, settings.coordinates, density.only_differences()
+    )
+    offset = expansion.rewards(raw) - jacobian @ point
+    z = point / scale if whitening.basis is None else whitening.basis.T @ (point / scale)
+    design = whitening.design(jacobian)
+    value, _, _ = density.value_and_gradient(offset + design @ z, latents)
+    mode = Mode(z, latents, value + log_normal(z), norm, steps, norm <= settings.tolerance)
+    return Fitted(program, schema, density, expansion, whitening, jacobian, design, offset, mode)
+
+
+def _tuned(fitted: Fitted, raw: Tensor, settings: OptimiserSettings, seed: int) -> Fitted:
+    """`fitted` with its prior scaled to the largest evidence, and located again under that prior."""
+    for _ in range(_ROUNDS):
+        factor, z, latents, steps = _tune(fitted, settings, seed)
+        program = dataclasses.replace(fitted.program, prior=fitted.program.prior.scaled(factor))
+        before = fitted.iterations + steps
+        if program.reward.is_linear:
+            mode = dataclasses.replace(fitted.mode, z=z, latents=latents, iterations=before)
+            return dataclasses.replace(
+                fitted,
+                program=program,
+                expansion=dataclasses.replace(fitted.expansion, program=program),
+                whitening=fitted.whitening.rescaled(factor),
+                design=fitted.design * factor**-0.5,
+                mode=mode,
+            )
+        # The mode of the network moves with its prior: find it again, and tune again around it if it moved far.
+        point = fitted.expansion.point
+        fitted = _locate(program, fitted.density, fitted.schema, raw, point, fitted.mode.latents, settings, seed)
+        fitted.mode = dataclasses.replace(fitted.mode, iterations=fitted.mode.iterations + before)
+        if abs(math.log(factor)) <= _SETTLED:
+            return fitted
+    warnings.warn(f"the prior precision still moved after {_ROUNDS} rounds of tuning", ConvergenceWarning, stacklevel=5)
+    return fitted
+
+
+def _num_parameters(program: RewardModel, raw: Tensor) -> int:
+    return sum(int(torch.Size(shape).numel()) for shape in program.reward.parameter_shapes(raw.shape[1]).values())
+
+
+def _prior_scale(program: RewardModel, raw: Tensor) -> Tensor:
+    """Prior standard deviation of every parameter, shape `(P,)`."""
+    parts = [
+        torch.full((int(torch.Size(shape).numel()),), program.prior.of(site) ** -0.5, dtype=torch.float64)
+        for site, shape in program.reward.parameter_shapes(raw.shape[1]).items()
+    ]
     return torch.cat(parts)
 
 
@@ -168,17 +201,11 @@ def _check_memory(items: int, parameters: int, groups: list[FeedbackGroup], sett
         )
 
 
-def _tune(
-    density: FeedbackDensity,
-    design: Tensor,
-    offset: Tensor,
-    z: Tensor,
-    latents: Tensor,
-    settings: OptimiserSettings,
-    seed: int,
-) -> tuple[float, Tensor, Tensor]:
-    """The factor on the prior precision that maximises Laplace's evidence of the tangent model, and the mode there."""
-    warm = {"theta": z, "latents": latents}
+def _tune(fitted: Fitted, settings: OptimiserSettings, seed: int) -> tuple[float, Tensor, Tensor, int]:
+    """The factor on the prior precision with the largest evidence of the tangent, the mode there, and steps taken."""
+    density, design, offset = fitted.density, fitted.design, fitted.offset
+    warm = {"theta": fitted.mode.z, "latents": fitted.mode.latents}
+    modes: list[Mode] = []
 
     def negative(log_factor: float) -> float:
         scale = math.exp(-0.5 * log_factor)
@@ -186,24 +213,32 @@ def _tune(
             density, design * scale, offset, warm["theta"] / scale, warm["latents"],
             tolerance=max(settings.tolerance, 1e-5), max_iterations=settings.max_iterations, warn=False,
         )  # fmt: skip
+        modes.append(mode)
         warm["theta"], warm["latents"] = mode.z * scale, mode.latents
-        c = curvature(
-            density, density.gather(offset + design @ warm["theta"]), mode.latents, settings.curvature, seed=seed
-        )
+        rewards = density.gather(offset + design @ warm["theta"])
+        c = curvature(density, rewards, mode.latents, settings.curvature, seed=seed)
         factor = torch.linalg.cholesky(joint_precision(design * scale, density.groups, c))
         return -evidence(mode, factor)
 
     found = maximise_bracketed(negative, _SEARCH)
+    missed = sum(not mode.converged for mode in modes)
+    if missed:
+        warnings.warn(
+            f"the prior precision was tuned on the evidence at {len(modes)} points, {missed} of which are no modes; "
+            "raise `max_iterations` or `gradient_tolerance`",
+            ConvergenceWarning,
+            stacklevel=6,
+        )
     if abs(found) > _SEARCH - 0.1:
         direction = "infinity: the data prefer no reward at all" if found > 0 else "zero"
         warnings.warn(
             f"the marginal likelihood still grows as the prior precision goes to {direction}; "
             f"stopped at e^{found:+.0f} times the declared one",
             ConvergenceWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     scale = math.exp(-0.5 * found)
-    return math.exp(found), warm["theta"] / scale, warm["latents"]
+    return math.exp(found), warm["theta"] / scale, warm["latents"], sum(mode.iterations for mode in modes)
 
 
 def maximise_bracketed(negative: Callable[[float], float], bound: float) -> float:

@@ -89,9 +89,12 @@ def find_mode(
             new_value, new_g, new_gu = density.value_and_gradient(new_rewards, new_u)
             new_value += log_normal(new_z)
             # Near the mode the change drowns in rounding; there a step that shrinks the gradient is as good.
-            close = abs(new_value - value) <= 1e-12 * (1.0 + abs(value)) and t == 1.0
-            if new_value >= value + 1e-4 * t * slope or close:
-                accepted = True
+            flat = abs(new_value - value) <= 1e-10 * (1.0 + abs(value))
+            if flat:
+                accepted = float(torch.cat([design.T @ new_g - new_z, new_gu]).norm()) < norm
+            else:
+                accepted = new_value >= value + 1e-4 * t * slope
+            if accepted:
                 break
             t *= 0.5
         if not accepted:

@@ -31,13 +31,12 @@ _POSTERIORS = {"GaussianPosterior": GaussianPosterior}
 def save(posterior: Posterior, path: str | Path) -> None:
     """Writes `posterior` to folder `path`; an existing run there is replaced only when the new one is complete."""
     target = Path(path)
-    tensors, extra = posterior._state()
+    tensors = posterior._state()
     settings = {
         "type": type(posterior).__name__,
         "program": _program_config(posterior.program),
         "schema": dataclasses.asdict(posterior.schema),
         "report": dataclasses.asdict(posterior.report),
-        "extra": extra,
     }
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _MANIFEST).exists())):
         raise PersistenceError(f"{target} exists and is not a saved posterior; choose another folder")
@@ -56,8 +55,13 @@ def save(posterior: Posterior, path: str | Path) -> None:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
             os.replace(target, old / target.name)
-            os.replace(folder, target)
-            shutil.rmtree(old)
+            try:
+                os.replace(folder, target)
+            except OSError:
+                os.replace(old / target.name, target)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(folder, target)
     except OSError as error:

@@ -57,6 +57,8 @@ def fit(
         raise DataError(
             f"`data` is a {type(data).__name__}; {type(model).__name__} explains {model.data_type.__name__}{hint}"
         )
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ArgumentError(f"`seed` is {seed!r}; it is a non-negative integer")
     if len(data) == 0:
         raise DataError("the data hold no rows of feedback")
     posterior: Posterior = engine.fit(model, data, seed=seed, progress=progress)

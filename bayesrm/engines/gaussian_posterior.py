@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -202,7 +201,7 @@ class GaussianPosterior(Posterior):
                 ]
                 yield rewards, latents + latent_scale @ e_latents
 
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _state(self) -> dict[str, Tensor]:
         e, w = self._expansion, self._whitening
         tensors = {
             "point": e.point,
@@ -216,7 +215,7 @@ class GaussianPosterior(Posterior):
             tensors["basis"] = w.basis
         if self.factor is not None:
             tensors["factor"] = self.factor
-        return tensors, {}
+        return tensors
 
     @classmethod
     def _restore(

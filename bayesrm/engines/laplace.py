@@ -16,9 +16,9 @@ from ..programs import RewardModel
 from ._curvature import Curvature, CurvatureKind
 from ._gaussian_fit import Fitted, OptimiserSettings, PriorPrecision, fit_mode
 from ._newton import evidence
+from ._settings import check_choice, check_optimiser, make_report
 from ._tangent import CHUNK, Coordinates, joint_precision, row_space
 from .gaussian_posterior import GaussianPosterior
-from .posterior import FitReport
 
 
 class Structure(enum.StrEnum):
@@ -75,6 +75,7 @@ class Laplace:
         check_choice("prior_precision", self.prior_precision, PriorPrecision)
         check_choice("coordinates", self.coordinates, Coordinates)
         check_choice("curvature", self.curvature, CurvatureKind)
+        check_optimiser(self.gradient_tolerance, self.max_iterations, self.memory_gib)
         if self.structure == "diag" and self.coordinates == "dual":
             raise ArgumentError(
                 "`structure='diag'` is a diagonal in the parameters; use coordinates='primal' or 'auto'"
@@ -106,34 +107,6 @@ class Laplace:
         return GaussianPosterior(
             fitted.program, fitted.schema, report, fitted.expansion, fitted.whitening, mode, factor
         )
-
-
-def check_choice(argument: str, value: str, known: type[enum.Enum]) -> None:
-    """Raises `ArgumentError` unless `value` is a value of the enum `known`."""
-    values = [str(member.value) for member in known]
-    if value not in values:
-        raise ArgumentError(f"`{argument}` is {value!r}; it is one of {values}")
-
-
-def make_report(engine: object, fitted: Fitted, data: Comparisons, seed: int, seconds: float) -> FitReport:
-    """The report that MAP and Laplace have in common."""
-    assert dataclasses.is_dataclass(engine)
-    settings = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)}
-    return FitReport(
-        engine={"name": type(engine).__name__, "settings": settings},
-        seed=seed,
-        seconds=seconds,
-        num_rows=len(data),
-        num_items=data.num_items,
-        num_prompts=data.num_prompts,
-        num_parameters=len(fitted.whitening.scale),
-        num_coordinates=fitted.whitening.size,
-        converged=fitted.converged,
-        gradient_norm=fitted.gradient_norm,
-        iterations=fitted.iterations,
-        prior_precision=fitted.program.prior.precision,
-        tuned=settings.get("prior_precision") == "marginal_likelihood",
-    )
 
 
 def _cholesky(precision: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from ..data import Comparisons
 from ..programs import RewardModel
 from ._curvature import CurvatureKind
 from ._gaussian_fit import OptimiserSettings, PriorPrecision, fit_mode
+from ._settings import check_choice, check_optimiser, make_report
 from ._tangent import Coordinates
 from .gaussian_posterior import GaussianPosterior
-from .laplace import check_choice, make_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class MAP:
 
     def __post_init__(self) -> None:
         check_choice("prior_precision", self.prior_precision, PriorPrecision)
+        check_optimiser(self.gradient_tolerance, self.max_iterations, self.memory_gib)
 
     def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> GaussianPosterior:
         """The mode as a posterior of zero width, see `bayesrm.fit`."""

@@ -131,6 +131,14 @@ class FeedbackSchema:
                 known = torch.tensor([code.get(name, -1) for name in annotators] + [-1])
                 # The last entry serves code -1, rows without an annotator.
                 mapped = known.to(c.annotator.device)[c.annotator]
+                strange = (mapped < 0) & (c.annotator >= 0)
+                if bool(strange.any()):
+                    name = annotators[int(c.annotator[strange][0])]
+                    raise LikelihoodError(
+                        f"annotator {name!r} of row {int(g.rows[strange][0])} was not in the training data, which has "
+                        f"{len(self.annotators)} ({', '.join(map(repr, self.annotators[:5]))}"
+                        f"{', ...' if len(self.annotators) > 5 else ''}); leave such rows out with `data.select`"
+                    )
                 c = dataclasses.replace(c, annotator=mapped, num_annotators=len(self.annotators))
                 g = dataclasses.replace(g, comparison=c)
             result.append(g)
@@ -168,8 +176,8 @@ class Posterior(abc.ABC):
         """Draws of the unconstrained latents, shape `(num_samples, Q)`."""
 
     @abc.abstractmethod
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values from which `_restore` rebuilds the posterior."""
+    def _state(self) -> dict[str, Tensor]:
+        """Tensors from which `_restore` rebuilds the posterior."""
 
     def predict(
         self,
@@ -210,7 +218,10 @@ class Posterior(abc.ABC):
         sizes = [len(c) for c in candidates]
         if not sizes or min(sizes) == 0:
             raise ArgumentError("every prompt needs at least one candidate" if sizes else "`candidates` is empty")
-        if isinstance(candidates[0], np.ndarray | torch.Tensor):
+        arrays = [isinstance(c, np.ndarray | torch.Tensor) for c in candidates]
+        if any(arrays) and not all(arrays):
+            raise ArgumentError("`candidates` mixes arrays of features with lists of texts; give one kind")
+        if all(arrays):
             features = torch.cat([torch.as_tensor(c).double() for c in candidates])
         else:
             if prompts is None:
@@ -249,9 +260,11 @@ class Posterior(abc.ABC):
         Raises:
             LikelihoodError: The feedback is not of a kind the likelihood describes, or an annotator is unknown.
         """
-        features = self._checked(self.program.encode(data).double())
+        if num_samples < 1:
+            raise ArgumentError(f"`num_samples` is {num_samples}; at least 1 point is needed")
         groups = self.schema.check(data.groups(), data.annotators)
         density = FeedbackDensity(self.program, groups)
+        features = self._checked(self.program.encode(data).double())
         totals: list[Tensor] = [
             torch.full((g.comparison.num_rows,), -torch.inf, dtype=torch.float64) for g in density.groups
         ]
@@ -287,11 +300,11 @@ class Posterior(abc.ABC):
                 predictions.append(GroupPrediction(g.label, g.rows, None, None, None))
                 continue
             table_i = table_i - np.log(count)
-            match = (
-                (support_i == g.outcome[:, None]) if support_i.dim() == 1 else (support_i == g.outcome[:, None]).all(-1)
-            )
+            # As the data have it: the density replaces impossible answers of masked rows.
+            outcome = groups[i].outcome[:, None]
+            match = (support_i == outcome) if support_i.dim() == 1 else (support_i == outcome).all(-1)
             observed = match.to(torch.uint8).argmax(1)
-            log_prob[g.rows] = table_i.gather(1, observed[:, None])[:, 0]
+            log_prob[g.rows] = table_i.gather(1, observed[:, None])[:, 0].masked_fill(~match.any(1), -torch.inf)
             predictions.append(GroupPrediction(g.label, g.rows, support_i, table_i.exp(), observed))
         return FeedbackPrediction(log_prob, tuple(predictions), weight)
 

@@ -43,7 +43,8 @@ class FeedbackPrediction:
     @property
     def nll(self) -> float:
         """Mean negative log predictive probability, in nats a row (rows weighted)."""
-        return float(-(self.weight * self.log_prob).sum() / self.weight.sum())
+        counted = self.weight > 0
+        return float(-(self.weight * self.log_prob)[counted].sum() / self.weight.sum())
 
     @property
     def correct(self) -> Tensor:

@@ -22,7 +22,7 @@ class RaterReliability:
 
     A learnt spread (`spread=None`) needs an engine that samples. The joint mode that MAP and Laplace use puts s too
     high, since it ignores how much more tightly a larger s pins down the z: with 10 well-known raters, 90% intervals
-    covered s in 60 of 125 simulations.
+    covered s in 129 of 250 simulations.
 
     Attributes:
         base: Likelihood of the answer that was meant.

@@ -59,6 +59,15 @@ class RewardModel:
     likelihood: Likelihood | Mapping[str, Likelihood]
     prior: Gaussian = dataclasses.field(default_factory=Gaussian)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.reward, type) or not isinstance(self.reward, Head):
+            raise ArgumentError(f"`reward` is {self.reward!r}; it is a reward function such as rewards.Linear()")
+        likelihoods = self.likelihood.values() if isinstance(self.likelihood, Mapping) else [self.likelihood]
+        for likelihood in likelihoods:
+            if isinstance(likelihood, type) or not callable(likelihood):
+                hint = "; call the class to make one" if isinstance(likelihood, type) else ""
+                raise ArgumentError(f"`likelihood` is {likelihood!r}, not a likelihood such as BradleyTerry(){hint}")
+
     #: Type of data the program explains; `fit` checks it.
     data_type = Comparisons
 

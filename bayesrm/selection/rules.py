@@ -56,7 +56,7 @@ class LowerConfidenceBound:
     spread: str = "deviation"
 
     def __post_init__(self) -> None:
-        if self.k < 0:
+        if not self.k >= 0:
             raise ArgumentError(
                 f"`k` is {self.k}; a lower bound subtracts a non-negative number of standard deviations"
             )

@@ -140,4 +140,4 @@ def test_unknown_annotator(encoder, pairs, decided, write, tmp_path, capsys):
     assert main(["fit", "rater_reliability", "map", decided, "-o", str(tmp_path / "run"), *flags]) == 0
     other = write("other.jsonl", [{**GOOD, "annotator": "nobody"}])
     capsys.readouterr()
-    assert "annotator" in fails(["predict", str(tmp_path / "run"), other], tmp_path, capsys)
+    assert "annotator 'nobody' of row 0" in fails(["predict", str(tmp_path / "run"), other], tmp_path, capsys)

@@ -101,8 +101,8 @@ def test_a_bad_row_is_skipped_and_reported(good, change, reason):
     data = Comparisons.load(rows_with(good, change), on_bad_row="skip")
     clean = Comparisons.load([row for place, row in enumerate(rows_with(good, change)) if place != 1])
     assert [row for row, _ in data.refused] == [1]
-    assert "rows read: 3, refused: 1" in data.summary
-    assert f"row 1: {data.refused[0][1]}" in data.summary
+    assert "rows read: 3, refused: 1" in data.summary()
+    assert f"row 1: {data.refused[0][1]}" in data.summary()
     assert len(data) == len(clean)
     assert data.items.to_dict() == clean.items.to_dict()
 
@@ -127,8 +127,8 @@ def test_ratings_need_two_levels_and_not_thousands():
 def test_summary_lists_the_first_refusals_and_counts_the_rest():
     data = Comparisons.load([PAIR] + [PAIR | {"chosen": ""}] * 5, on_bad_row="skip")
     assert len(data.refused) == 5
-    assert "and 2 more" in data.summary
-    assert str(data) == data.summary
+    assert "and 2 more" in data.summary()
+    assert str(data) == data.summary()
 
 
 def test_nothing_usable_is_an_error():

@@ -44,7 +44,7 @@ def test_an_item_in_many_rows_is_stored_once():
     rows = [{"prompt": "p", "responses": responses, "scores": [1, 2, 3, 4]}]
     data = Comparisons.load(rows)
     assert (len(data), data.num_items, data.num_prompts) == (6, 4, 1)
-    assert "responses named: 12, repeats of an item merged: 8" in data.summary
+    assert "responses named: 12, repeats of an item merged: 8" in data.summary()
 
 
 def test_the_same_response_to_two_prompts_is_two_items():
@@ -105,7 +105,7 @@ def test_select_compacts_and_keeps_what_rows_say():
     assert part.num_prompts == len({int(data.prompt_of_item[item]) for item in used})
     by_text = {data.text(item): data.features[item].tolist() for item in used}
     assert {part.text(item): part.features[item].tolist() for item in range(part.num_items)} == by_text
-    assert part.summary.splitlines()[1].startswith("source: part of ")
+    assert part.summary().splitlines()[1].startswith("source: part of ")
     mask = np.zeros(len(data), bool)
     mask[[3, 40]] = True
     assert content(data.select(mask)) == content(data.select([3, 40]))

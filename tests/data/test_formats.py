@@ -270,7 +270,7 @@ def test_columns_rename_and_say_what_is_missing():
 
 def test_unused_columns_are_reported():
     data = Comparisons.load([{"prompt": "p", "chosen": "a", "rejected": "b", "source": "x", "lang": "en"}])
-    assert "columns not used: lang, source" in data.summary
+    assert "columns not used: lang, source" in data.summary()
 
 
 def test_hugging_face_datasets_and_splits():

@@ -88,7 +88,7 @@ def test_bad_rows_are_named_or_skipped(cls, row, reason):
     data = cls.load([good, row], on_bad_row="skip")
     assert len(data) == 1
     assert data.refused[0][0] == 1
-    assert "refused: 1" in data.summary
+    assert "refused: 1" in data.summary()
 
 
 @pytest.mark.parametrize(("cls", "row"), CLASSES)

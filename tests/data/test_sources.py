@@ -43,14 +43,14 @@ def test_every_file_type_reads_like_the_list(tmp_path, name):
     assert found.rows.to_dict() == wanted.rows.to_dict()
     assert [found.text(item) for item in range(4)] == [wanted.text(item) for item in range(4)]
     assert found.text(0) == (ROWS[0]["prompt"], "NA")
-    assert name in found.summary
+    assert name in found.summary()
 
 
 def test_string_paths_and_lists_of_paths(tmp_path):
     paths = [str(write(tmp_path, name)) for name in ("a.parquet", "b.csv")]
     data = Comparisons.load(paths)
     assert (len(data), data.num_items) == (4, 4)
-    assert "2 files from" in data.summary
+    assert "2 files from" in data.summary()
 
 
 def test_csv_cells_may_hold_json(tmp_path):
@@ -82,7 +82,7 @@ def test_keys_that_appear_late_in_a_file_are_read(tmp_path):
     (group,) = data.groups()
     assert group.outcome[-1] == 2
     assert data.annotators == ("late",)
-    assert "columns not used: note" in data.summary
+    assert "columns not used: note" in data.summary()
 
 
 def test_batches_number_rows_within_and_over_sources(tmp_path):

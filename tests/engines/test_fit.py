@@ -121,7 +121,7 @@ def test_annotators_are_matched_by_name():
     everyone = posterior.predict_feedback(data).log_prob[[a == "rater 3" for a in annotators]]
     torch.testing.assert_close(one.log_prob, everyone, rtol=0, atol=1e-10)
     stranger = make_data(rows=2, annotator=["rater 1", "somebody else"])
-    with pytest.raises(brm.errors.LikelihoodError, match="annotator"):
+    with pytest.raises(brm.errors.LikelihoodError, match=r"annotator 'somebody else' of row 1 .* has 4 \('rater 0'"):
         posterior.predict_feedback(stranger)
 
 
@@ -174,6 +174,47 @@ def test_a_likelihood_that_does_not_sum_to_one_is_refused(data):
 
     with pytest.raises(brm.errors.LikelihoodError, match="sum to 2"):
         brm.fit(brm.RewardModel(brm.rewards.Linear(), doubled), data)
+
+
+def test_the_sum_is_checked_away_from_equal_rewards(data):
+    def uneven(rewards, comparison):
+        d = rewards[:, 0] - rewards[:, 1]
+        table = torch.stack([brm.ops.log_sigmoid(3.0 * d), brm.ops.log_sigmoid(-d)], -1)  # one at d = 0 only
+        return L.outcome(
+            log_prob=lambda y: table.gather(-1, y[..., None])[..., 0],
+            support=torch.arange(2),
+            batch_shape=(rewards.shape[0],),
+            like=rewards,
+        )
+
+    with pytest.raises(brm.errors.LikelihoodError, match="not to 1"):
+        brm.fit(brm.RewardModel(brm.rewards.Linear(), uneven), data)
+
+
+def test_an_impossible_answer_may_be_masked():
+    features = np.eye(2)
+    model = brm.RewardModel(brm.rewards.Linear(), L.BradleyTerry())
+    rows = {"candidates": [[0, 1], [0, 1]], "outcome": [0, 2]}
+    masked = brm.Comparisons.from_arrays(features, **rows, weight=[1.0, 0.0])
+    alone = brm.Comparisons.from_arrays(features, candidates=[[0, 1]], outcome=[0])
+    posterior = brm.fit(model, masked)
+    torch.testing.assert_close(posterior.mode, brm.fit(model, alone).mode)
+    prediction = posterior.predict_feedback(masked)
+    assert prediction.log_prob[1] == -torch.inf
+    assert prediction.nll == pytest.approx(posterior.predict_feedback(alone).nll)
+
+
+@pytest.mark.parametrize("engine", [brm.Laplace, brm.MAP])
+@pytest.mark.parametrize("setting", [{"gradient_tolerance": float("nan")}, {"max_iterations": 0}, {"memory_gib": -1.0}])
+def test_optimiser_settings_are_checked(engine, setting):
+    with pytest.raises(brm.errors.ArgumentError, match=f"`{next(iter(setting))}` is"):
+        engine(**setting)
+
+
+def test_a_program_is_made_of_instances():
+    make = getattr(brm.RewardModel, "__wrapped__", brm.RewardModel)
+    with pytest.raises(brm.errors.ArgumentError, match="call the class to make one"):
+        make(brm.rewards.Linear(), L.BradleyTerry)
 
 
 def test_a_likelihood_of_the_wrong_batch_shape_is_refused(data):

@@ -101,3 +101,14 @@ def test_tuned_precision_reaches_a_fixed_point():
     once = brm.fit(model, data, inference=engine, seed=1)
     again = brm.fit(once.program, data, inference=engine, seed=1)
     assert np.log(again.program.prior.precision) == pytest.approx(np.log(once.program.prior.precision), abs=0.1)
+    # The reported gradient is that of the network under the tuned prior.
+    point = flatten(once.parameters).requires_grad_(True)
+    density = FeedbackDensity(model, data.groups())
+    rewards = model.reward.apply(
+        unflatten(point, model.reward.parameter_shapes(2)), torch.as_tensor(np.asarray(data.features))
+    )
+    precision = once.program.prior.precision
+    log_joint = density.log_joint(density.gather(rewards), density.initial_latents) - 0.5 * precision * point @ point
+    (gradient,) = torch.autograd.grad(log_joint, [point])
+    assert once.report.converged
+    assert float(gradient.norm()) / precision**0.5 < 2e-6

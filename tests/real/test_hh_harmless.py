@@ -17,7 +17,7 @@ def test_rows_without_a_reply_are_refused_by_index_and_reason(real_file):
     assert tuple(row for row, _ in data.refused) == EMPTY
     assert all("`chosen` is empty" in reason for _, reason in data.refused)
     assert len(data) == 2007 - len(EMPTY)
-    assert "refused: 4" in data.summary
+    assert "refused: 4" in data.summary()
 
 
 def test_the_first_such_row_stops_a_strict_load(real_file):
