@@ -70,7 +70,7 @@ class Comparisons:
         | format | columns |
         |---|---|
         | preference pairs (TRL) | `prompt` (optional), `chosen`, `rejected`; optional `margin`, `tie` |
-        | pairs with a verdict | `prompt` (optional), `response_a`, `response_b`, `winner` (a, b, tie or similar; "both bad" counts as a tie) |
+        | pairs with a verdict | `prompt` (optional), `response_a`, `response_b`, `winner` (a, b, tie or bothbad) |
         | choice among responses | `prompt`, `responses`, `choice` (index, or `"tie"`) |
         | ranked responses | `prompt`, `responses`, `ranking` (indices, best first, may be partial) |
         | scored completions | `prompt`, `completions` (each with `response` and `overall_score`, `score` or `rating`) |
