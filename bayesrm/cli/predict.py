@@ -1,6 +1,7 @@
 """`bayesrm predict`: feedback predicted and scored, or rewards of candidates."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -92,15 +93,20 @@ def feedback_rows(data: Comparisons, prediction: FeedbackPrediction) -> Iterator
     place = {int(row): (group, i) for group in prediction.groups for i, row in enumerate(group.rows.tolist())}
     for row in range(len(data)):
         group, i = place[row]
-        listed = group.probs is not None and group.outcomes is not None and group.observed is not None
+        log_prob = float(prediction.log_prob[row])
+        outcomes = probs = observed = None
+        if group.probs is not None and group.outcomes is not None and group.observed is not None:
+            outcomes, probs = group.outcomes.tolist(), group.probs[i].tolist()
+            # An impossible answer, which only a masked row may hold, is none of the outcomes.
+            observed = group.outcomes[group.observed[i]].tolist() if math.isfinite(log_prob) else None
         yield {
             "row": row,
             "kind": group.label.split(".")[0],
             "comparison": data.describe_row(row),
-            "outcomes": group.outcomes.tolist() if listed else None,  # type: ignore[union-attr]
-            "probs": group.probs[i].tolist() if listed else None,  # type: ignore[index]
-            "observed": group.outcomes[group.observed[i]].tolist() if listed else None,  # type: ignore[index]
-            "log_prob": float(prediction.log_prob[row]),
+            "outcomes": outcomes,
+            "probs": probs,
+            "observed": observed,
+            "log_prob": log_prob if math.isfinite(log_prob) else None,
         }
 
 
