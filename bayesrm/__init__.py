@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .backend import dist, ops, plate, sample
     from .beliefs import RewardBelief
     from .data import Comparisons, Conversations, Corrections, Demonstrations
-    from .engines import MAP, Laplace, Posterior, fit
+    from .engines import MAP, Laplace, Posterior, Training, fit
     from .errors import BayesRMError
     from .programs import RewardModel
     from .selection import select
@@ -52,6 +52,7 @@ __all__ = [
     "Posterior",
     "RewardBelief",
     "RewardModel",
+    "Training",
     "backend",
     "beliefs",
     "data",
@@ -76,7 +77,7 @@ _HOMES = {
     "backend": ("dist", "ops", "plate", "sample"),
     "beliefs": ("RewardBelief",),
     "data": ("Comparisons", "Conversations", "Corrections", "Demonstrations"),
-    "engines": ("MAP", "Laplace", "Posterior", "fit"),
+    "engines": ("MAP", "Laplace", "Posterior", "Training", "fit"),
     "errors": ("BayesRMError",),
     "programs": ("RewardModel",),
     "selection": ("select",),

@@ -8,6 +8,7 @@ under two backends at the same time; nothing global is switched and no random st
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
 import threading
@@ -247,34 +248,43 @@ class _Distributions:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
             raise AttributeError(name)
+        return _constructor(name)
 
-        def construct(*args: Any, **kwargs: Any) -> Any:
-            backend = active()
-            values = [*args, *kwargs.values()]
-            if _RECORDER.get() is not None:
-                # Engines evaluate a program thousands of times; it has been validated when it was first run.
-                kwargs.setdefault("validate_args", False)
-            if (_name_of(*values) or backend.name) == "jax":
-                return getattr(importlib.import_module("numpyro.distributions"), name)(*args, **kwargs)
-            like = next((v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()), None)
-            dtype, device = (backend.dtype, backend.device) if like is None else (like.dtype, like.device)
 
-            constructor = getattr(pyro.distributions, name)
-            constraints = getattr(constructor, "arg_constraints", {})
-            names = list(inspect.signature(constructor).parameters)
+@functools.cache
+def _constructor(name: str) -> Callable[..., Any]:
+    def construct(*args: Any, **kwargs: Any) -> Any:
+        backend = active()
+        values = [*args, *kwargs.values()]
+        if _RECORDER.get() is not None:
+            # Engines evaluate a program thousands of times; it has been validated when it was first run.
+            kwargs.setdefault("validate_args", False)
+        if (_name_of(*values) or backend.name) == "jax":
+            return getattr(importlib.import_module("numpyro.distributions"), name)(*args, **kwargs)
+        like = next((v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()), None)
+        dtype, device = (backend.dtype, backend.device) if like is None else (like.dtype, like.device)
+        constructor = getattr(pyro.distributions, name)
+        constraints = getattr(constructor, "arg_constraints", {})
+        names = _parameter_names(constructor)
+        positional = [_number(v, constraints.get(p), dtype, device) for p, v in zip(names, args, strict=False)]
+        named = {k: _number(v, constraints.get(k), dtype, device) for k, v in kwargs.items()}
+        return constructor(*positional, *args[len(names) :], **named)
 
-            def tensor(parameter: str, v: Any) -> Any:
-                # Whole numbers too, where the parameter is a real one: `Normal(0, 1)` must not bring in another dtype.
-                real = parameter in constraints and not constraints[parameter].is_discrete
-                if isinstance(v, float) or (real and isinstance(v, int) and not isinstance(v, bool)):
-                    return torch.tensor(v, dtype=dtype, device=device)
-                return v
+    construct.__name__ = name
+    return construct
 
-            positional = [tensor(parameter, v) for parameter, v in zip(names, args, strict=False)]
-            return constructor(*positional, *args[len(names) :], **{k: tensor(k, v) for k, v in kwargs.items()})
 
-        construct.__name__ = name
-        return construct
+@functools.cache
+def _parameter_names(constructor: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(constructor).parameters)
+
+
+def _number(v: Any, constraint: Any, dtype: Any, device: torch.device | None) -> Any:
+    # Whole numbers too, where the parameter is a real one: `Normal(0, 1)` must not bring in another dtype.
+    real = constraint is not None and not constraint.is_discrete
+    if isinstance(v, float) or (real and isinstance(v, int) and not isinstance(v, bool)):
+        return torch.tensor(v, dtype=dtype, device=device)
+    return v
 
 
 dist = _Distributions()

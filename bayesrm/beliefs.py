@@ -1,6 +1,7 @@
 """What is believed about the rewards of candidates, and the utilities of an uncertain reward."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,28 @@ class RewardBelief:
         mean = draws.mean(0)
         root = ((draws - mean) / (draws.shape[0] - 1) ** 0.5).permute(1, 2, 0)
         return cls(mean, root, mask, draws)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["RewardBelief"]) -> "RewardBelief":
+        """Beliefs about the prompts of several beliefs, one after another, none of them made of draws.
+
+        Example:
+            >>> one = RewardBelief(torch.zeros(1, 2), torch.zeros(1, 2, 2))
+            >>> three = RewardBelief(torch.zeros(1, 3), torch.zeros(1, 3, 1))
+            >>> RewardBelief.concatenate([one, three]).mask.sum(1).tolist()
+            [2, 3]
+        """
+        if not parts or any(part.draws is not None for part in parts):
+            raise ArgumentError("`parts` must hold at least one belief, none made of draws")
+        most = max(part.mean.shape[1] for part in parts)
+        rank = max(part.root.shape[2] for part in parts)
+        pad = torch.nn.functional.pad
+        sizes = [(most - part.mean.shape[1], rank - part.root.shape[2]) for part in parts]
+        return cls(
+            torch.cat([pad(part.mean, (0, k)) for part, (k, _) in zip(parts, sizes, strict=True)]),
+            torch.cat([pad(part.root, (0, r, 0, k)) for part, (k, r) in zip(parts, sizes, strict=True)]),
+            torch.cat([pad(part.valid, (0, k)) for part, (k, _) in zip(parts, sizes, strict=True)]),
+        )
 
     @property
     def valid(self) -> Bool[Tensor, "prompts candidates"]:

@@ -1,6 +1,7 @@
 """Priors over the parameters of a reward function."""
 
 import dataclasses
+import fnmatch
 from collections.abc import Mapping
 
 from .errors import ArgumentError
@@ -14,7 +15,8 @@ class Gaussian:
 
     Attributes:
         precision: Total prior precision (inverse variance) of every parameter; never per example. A mapping gives one
-            precision for each parameter site, by the site's name without the prefix `reward.`.
+            precision for each parameter site, by the site's name without the prefix `reward.`, or by a shell pattern
+            (`"*.lora_A"`); a name goes before patterns, and the first pattern that matches counts.
 
     Raises:
         ArgumentError: A precision is not a positive finite number.
@@ -36,9 +38,12 @@ class Gaussian:
         """The prior precision of parameter site `site`."""
         if not isinstance(self.precision, Mapping):
             return float(self.precision)
-        if site not in self.precision:
-            raise ArgumentError(f"`precision` names {sorted(self.precision)} but not the parameter site '{site}'")
-        return float(self.precision[site])
+        if site in self.precision:
+            return float(self.precision[site])
+        for pattern, value in self.precision.items():
+            if fnmatch.fnmatchcase(site, pattern):
+                return float(value)
+        raise ArgumentError(f"`precision` names {sorted(self.precision)} but not the parameter site '{site}'")
 
     def scaled(self, factor: float) -> "Gaussian":
         """The same prior with every precision multiplied by `factor`."""

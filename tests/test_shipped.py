@@ -32,14 +32,31 @@ LIKELIHOODS = {
 
 
 def test_names():
-    assert _shipped.names("models") == sorted(LIKELIHOODS)
-    assert _shipped.names("inference") == ["laplace_diag", "laplace_full", "map"]
+    assert _shipped.names("models") == sorted([*LIKELIHOODS, "lora_bradley_terry"])
+    structures = ["laplace_diag", "laplace_full", "laplace_kron", "laplace_last_layer", "laplace_sketch"]
+    assert _shipped.names("inference") == [*structures, "map"]
 
 
 @pytest.mark.parametrize("name", sorted(LIKELIHOODS))
 def test_program_declares_the_likelihood_with_its_defaults(name):
     model = _shipped.load_build("models", name)()
     assert model == brm.RewardModel(brm.rewards.Linear(), LIKELIHOODS[name], brm.priors.Gaussian(1.0))
+
+
+def test_adapters_have_the_settings_of_the_paper_and_every_program_takes_them():
+    model = _shipped.load_build("models", "lora_bradley_terry")(encoder="any/model")
+    assert model.reward == brm.rewards.LoRA("any/model", rank=8, alpha=16.0, dropout=0.1)
+    for name, likelihood in LIKELIHOODS.items():
+        model = _shipped.load_build("models", name)(encoder="any/model", lora_rank=4, lora_targets=["q", "v"])
+        assert model.likelihood == likelihood
+        assert model.reward == brm.rewards.LoRA("any/model", rank=4, target_modules=("q", "v"))
+
+
+def test_adapters_need_an_encoder_and_no_settings_of_features():
+    with pytest.raises(ArgumentError, match="`lora_rank` needs an `encoder`"):
+        brm.rewards.text_head(lora_rank=4)
+    with pytest.raises(ArgumentError, match="`hidden` is a setting of frozen features"):
+        brm.rewards.text_head(encoder="any/model", lora_rank=4, hidden=(8,))
 
 
 @pytest.mark.parametrize("name", ["label_noise", "length_bias", "rater_reliability"])
@@ -51,7 +68,10 @@ def test_ties_are_optional(name):
     ("name", "engine"),
     [
         ("laplace_full", brm.Laplace(prior_precision="marginal_likelihood")),
-        ("laplace_diag", brm.Laplace(structure="diag", prior_precision="marginal_likelihood")),
+        *(
+            (f"laplace_{structure}", brm.Laplace(structure=structure, prior_precision="marginal_likelihood"))
+            for structure in ("diag", "kron", "last_layer", "sketch")
+        ),
         ("map", brm.MAP(prior_precision="marginal_likelihood")),
     ],
 )
@@ -76,7 +96,7 @@ def test_file_is_short_cited_and_documented(kind, name):
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ArgumentError, match=r"no engine `magic`; it is one of laplace_diag, laplace_full, map, or"):
+    with pytest.raises(ArgumentError, match=r"no engine `magic`; it is one of laplace_diag, laplace_full, .*, map, or"):
         _shipped.locate("inference", "magic")
     with pytest.raises(ArgumentError, match=r"no program file absent\.py"):
         _shipped.locate("models", "absent.py")

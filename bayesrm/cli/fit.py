@@ -8,10 +8,10 @@ import torch
 from jsonargparse import Namespace
 
 from ..data import Comparisons
-from ..engines import Engine, Posterior, fit
+from ..engines import Engine, Posterior, fit, training_settings
 from ..errors import ArgumentError
 from ..programs import RewardModel
-from ..rewards import text_head
+from ..rewards import LoRA, text_head
 from . import _files, _parser, _shipped
 from ._console import Console
 
@@ -34,7 +34,9 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--seed", type=_parser.Seed, default=0, help="seed of everything random in the fit")
     builds = add_program_flags(parser, program), _parser.load_build("inference", engine)
     if builds[1] is not None:
-        _parser.add_flags(parser, builds[1], "engine", _parser.heading("engine", engine, builds[1]))
+        _parser.add_flags(
+            parser, builds[1], "engine", _parser.heading("engine", engine, builds[1]), also=training_settings
+        )
     settings = _parser.parse(parser, arguments)
     settings.builds = builds
     return settings
@@ -108,7 +110,7 @@ def check_encoder(model: RewardModel, data: Comparisons, source: str) -> None:
     Raises:
         ArgumentError: The data carry no features and the program has no encoder.
     """
-    if data.features is None and model.reward.features is None:
+    if data.features is None and not isinstance(model.reward, LoRA) and model.head.features is None:
         raise ArgumentError(
             f"{source} holds texts without features, and the program has no encoder; "
             "pass --program.encoder with the folder or hub id of a language model"

@@ -5,10 +5,13 @@ from ._gaussian_fit import PriorPrecision
 from ._tangent import Coordinates
 from .base import Engine, fit
 from .gaussian_posterior import GaussianPosterior
-from .laplace import Laplace, Structure
+from .laplace import Laplace, PrecisionGroups, Structure
 from .map import MAP
-from .posterior import FitReport, Posterior
+from .posterior import Posterior
 from .prediction import FeedbackPrediction, GroupPrediction
+from .report import FitReport
+from .training import Training, TrainingReport
+from .training_settings import training_settings
 
 __all__ = [
     "MAP",
@@ -21,7 +24,11 @@ __all__ = [
     "GroupPrediction",
     "Laplace",
     "Posterior",
+    "PrecisionGroups",
     "PriorPrecision",
     "Structure",
+    "Training",
+    "TrainingReport",
     "fit",
+    "training_settings",
 ]

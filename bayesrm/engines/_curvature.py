@@ -6,13 +6,14 @@ the Fisher information, by enumeration of the outcomes or, where they are too ma
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from .._typing import Tensor
 from ..backend import seeded
+from ..data.groups import FeedbackGroup
 from ..errors import EngineError
 from ..likelihoods.base import outcomes_of
 from ._density import FeedbackDensity, _expand, _weighted
@@ -84,31 +85,36 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], *, keep: bool = True, create
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 
 
-def _prior_curvature(log_prior: Tensor, u: Tensor) -> Tensor:
+def _prior_curvature(log_prior: Tensor, u: Tensor, *, create: bool = False) -> Tensor:
     if u.numel() == 0:
         return u.new_zeros(0, 0)
     (g,) = _grad(log_prior, [u], create=True)
-    return -torch.stack([_grad(g[j], [u])[0] for j in range(len(u))])
+    return -torch.stack([_grad(g[j], [u], create=create)[0] for j in range(len(u))])
 
 
-def observed_curvature(density: FeedbackDensity, rewards: Sequence[Tensor], latents: Tensor) -> Curvature:
-    """The negative Hessian of the log likelihood, whatever its sign; arguments as for `curvature`."""
-    r, u = _leaves(rewards, latents)
+def observed_curvature(
+    density: FeedbackDensity, rewards: Sequence[Tensor], latents: Tensor, *, create_graph: bool = False
+) -> Curvature:
+    """The negative Hessian of the log likelihood, whatever its sign; arguments as for `curvature`.
+
+    With `create_graph` it can be differentiated in `rewards` and `latents`, which must then require gradients.
+    """
+    r, u = (list(rewards), latents) if create_graph else _leaves(rewards, latents)
     distributions, log_prior = density.distributions(r, u)
-    prior = _prior_curvature(log_prior, u)
+    prior = _prior_curvature(log_prior, u, create=create_graph)
     total = u.new_zeros(())
     for d, group in zip(distributions, density.groups, strict=True):
         total = total + _weighted(d.log_prob(group.outcome), group.weight).sum()
     *g_r, g_u = _grad(total, [*r, u], create=True)
     # Rows do not interact, so the gradient of one column's sum holds that column of every row's block.
     blocks = [
-        -torch.stack([_grad(g[:, k].sum(), [x])[0] for k in range(g.shape[1])], dim=1)
+        -torch.stack([_grad(g[:, k].sum(), [x], create=create_graph)[0] for k in range(g.shape[1])], dim=1)
         for g, x in zip(g_r, r, strict=True)
     ]
     cross = [x.new_zeros(*x.shape, len(u)) for x in r]
     latent = u.new_zeros(len(u), len(u))
     for j in range(len(u)):
-        *columns, latent_row = _grad(g_u[j], [*r, u])
+        *columns, latent_row = _grad(g_u[j], [*r, u], create=create_graph)
         for c, column in zip(cross, columns, strict=True):
             c[:, :, j] = -column
         latent[j] = -latent_row
@@ -130,26 +136,54 @@ def fisher_curvature(
     latent = u.new_zeros(q, q)
     kind = "fisher"
     for g, (d, group) in enumerate(zip(distributions, density.groups, strict=True)):
-        values, weights = _answers(d, group, seed + g)
-        kind = kind if weights is None else "fisher-draws"
-        for value in values:
-            log_prob = d.log_prob(value)
-            # A row's score in the shared latents: differentiate sum(v * log_prob) in the latents, then each entry in v.
-            v = torch.ones_like(log_prob).requires_grad_(True)
-            score_r, score_u = _grad((v * log_prob).sum(), [r[g], u], create=q > 0)
-            rows_u = torch.stack([_grad(score_u[j], [v])[0] for j in range(q)], dim=1) if q else v.new_zeros(len(v), 0)
-            p = (group.weight * (log_prob.exp() if weights is None else weights)).detach()
-            score_r, rows_u = score_r.detach(), rows_u.detach()
+        kind = kind if is_enumerated(d) else "fisher-draws"
+        for p, score_r, score_u in answer_scores(d, group, r[g], u, seed + g):
             blocks[g] += p[:, None, None] * score_r[:, :, None] * score_r[:, None, :]
-            cross[g] += p[:, None, None] * score_r[:, :, None] * rows_u[:, None, :]
-            latent += (p[:, None] * rows_u).T @ rows_u
+            cross[g] += p[:, None, None] * score_r[:, :, None] * score_u[:, None, :]
+            latent += (p[:, None] * score_u).T @ score_u
     return Curvature(kind, blocks, cross, latent, prior)
 
 
-def _answers(distribution: Any, group: Any, seed: int) -> tuple[list[Tensor], float | None]:
+def answer_scores(
+    distribution: Any, group: FeedbackGroup, r: Tensor, u: Tensor, seed: int, *, create_graph: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The terms of the Fisher information of one group of rows, the sum of p * score * score' over its answers.
+
+    Args:
+        distribution: Distribution of the group's feedback, differentiable in `r` and `u`.
+        group: The rows.
+        r: Rewards of the candidates, shape `(rows, K)`.
+        u: Unconstrained latents, shape `(Q,)`.
+        seed: Seed of the draws where there are too many answers to enumerate.
+        create_graph: Whether the terms can be differentiated in `r` and `u`; a draw's equal weight never can.
+
+    Yields:
+        For each answer the rows' weighted probability p `(rows,)` and scores in rewards `(rows, K)` and latents
+        `(rows, Q)`.
+    """
+    values, equal = _answers(distribution, group, seed)
+    q = len(u)
+    for value in values:
+        log_prob = distribution.log_prob(value)
+        # A row's score in the shared latents: differentiate sum(v * log_prob) in the latents, then each entry in v.
+        v = torch.ones_like(log_prob).requires_grad_(True)
+        score_r, total_u = _grad((v * log_prob).sum(), [r, u], create=create_graph or q > 0)
+        columns = [_grad(total_u[j], [v], create=create_graph)[0] for j in range(q)]
+        score_u = torch.stack(columns, dim=1) if q else v.new_zeros(len(v), 0)
+        p = group.weight * (log_prob.exp() if equal is None else torch.full_like(log_prob, equal))
+        yield (p, score_r, score_u) if create_graph else (p.detach(), score_r.detach(), score_u.detach())
+
+
+def is_enumerated(distribution: Any) -> bool:
+    """Whether the Fisher information sums over all answers of the distribution, not over draws."""
+    support = outcomes_of(distribution)
+    return support is not None and len(support) <= MAX_ENUMERATED
+
+
+def _answers(distribution: Any, group: FeedbackGroup, seed: int) -> tuple[list[Tensor], float | None]:
     """Answers to sum over: all of them (with weight `None`, their probability), or draws with their equal weight."""
     support = outcomes_of(distribution)
-    if support is not None and len(support) <= MAX_ENUMERATED:
+    if support is not None and is_enumerated(distribution):
         return [_expand(v, group) for v in support], None
     with seeded(seed), torch.no_grad():
         draws = distribution.sample((NUM_DRAWS,))

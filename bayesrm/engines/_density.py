@@ -162,6 +162,15 @@ class FeedbackDensity:
             self._tiled[times] = copy
         return self._tiled[times]
 
+    def of_groups(self, groups: Sequence[FeedbackGroup]) -> "FeedbackDensity":
+        """The same density for other groups: rows of its own ones, so that nothing is checked again."""
+        copy = object.__new__(FeedbackDensity)
+        copy.__dict__.update(self.__dict__)
+        copy.groups = list(groups)
+        copy._comparisons = [g.comparison for g in copy.groups]
+        copy._tiled = {1: copy}
+        return copy
+
     def constrain(self, latents: Tensor) -> dict[str, Tensor]:
         """Latents in constrained space, by site; `latents` has shape `(..., Q)`."""
         batch = latents.shape[:-1]

@@ -17,9 +17,9 @@ from ._curvature import Curvature, CurvatureKind, curvature
 from ._density import FeedbackDensity
 from ._newton import Mode, evidence, find_mode, log_normal
 from ._optimise import initial_parameters, lbfgs_mode
+from ._schema import FeedbackSchema
 from ._tangent import Coordinates, Whitening, joint_precision, row_space
 from .gaussian_posterior import Expansion
-from .posterior import FeedbackSchema
 
 _GIB = 2**30
 #: Tuning searches log precision within this distance of the declared one.
@@ -100,10 +100,25 @@ def fit_mode(
     if bool(bad.any()):
         raise DataError(f"features of item {int(bad.nonzero()[0, 0])} are not finite")
     _check_memory(len(raw), _num_parameters(program, raw), groups, settings)
-    fitted = _locate(program, density, schema, raw, None, density.initial_latents, settings, seed)
+    return fit_mode_on(program, density, schema, raw, density.initial_latents, settings, prior, seed=seed)
+
+
+def fit_mode_on(
+    program: RewardModel,
+    density: FeedbackDensity,
+    schema: FeedbackSchema,
+    raw: Tensor,
+    latents: Tensor,
+    settings: OptimiserSettings,
+    prior: PriorPrecision,
+    *,
+    seed: int,
+) -> Fitted:
+    """Finds the mode of a program on items with the given features, shape `(items, D)`, starting from `latents`."""
+    fitted = _locate(program, density, schema, raw, None, latents, settings, seed)
     if prior is PriorPrecision.MARGINAL_LIKELIHOOD:
         fitted = _tuned(fitted, raw, settings, seed)
-    if not program.reward.is_linear:
+    if not program.head.is_linear:
         return fitted
     mode = find_mode(
         density, fitted.design, fitted.offset, fitted.mode.z, fitted.mode.latents,
@@ -128,7 +143,7 @@ def _locate(
     norm, steps = float("inf"), 0
     if point is None:
         point = initial_parameters(program, raw.shape[1], scale, seed=seed)
-    if not program.reward.is_linear:
+    if not program.head.is_linear:
         point, latents, norm, steps = lbfgs_mode(
             program, density, (raw - center) / spread, scale, point, latents,
             tolerance=settings.tolerance, max_iterations=settings.max_iterations,
@@ -152,7 +167,7 @@ def _tuned(fitted: Fitted, raw: Tensor, settings: OptimiserSettings, seed: int) 
         factor, z, latents, steps = _tune(fitted, settings, seed)
         program = dataclasses.replace(fitted.program, prior=fitted.program.prior.scaled(factor))
         before = fitted.iterations + steps
-        if program.reward.is_linear:
+        if program.head.is_linear:
             mode = dataclasses.replace(fitted.mode, z=z, latents=latents, iterations=before)
             return dataclasses.replace(
                 fitted,
@@ -173,14 +188,14 @@ def _tuned(fitted: Fitted, raw: Tensor, settings: OptimiserSettings, seed: int) 
 
 
 def _num_parameters(program: RewardModel, raw: Tensor) -> int:
-    return sum(int(torch.Size(shape).numel()) for shape in program.reward.parameter_shapes(raw.shape[1]).values())
+    return sum(math.prod(shape) for shape in program.head.parameter_shapes(raw.shape[1]).values())
 
 
 def _prior_scale(program: RewardModel, raw: Tensor) -> Tensor:
     """Prior standard deviation of every parameter, shape `(P,)`."""
     parts = [
         torch.full((int(torch.Size(shape).numel()),), program.prior.of(site) ** -0.5, dtype=torch.float64)
-        for site, shape in program.reward.parameter_shapes(raw.shape[1]).items()
+        for site, shape in program.head.parameter_shapes(raw.shape[1]).items()
     ]
     return torch.cat(parts)
 

@@ -38,13 +38,13 @@ def lbfgs_mode(
     Returns:
         Parameters, latents, gradient norm, iterations.
     """
-    shapes = program.reward.parameter_shapes(features.shape[-1])
+    shapes = program.head.parameter_shapes(features.shape[-1])
     size = len(start)
 
     def negative(x: np.ndarray) -> tuple[float, np.ndarray]:
         point = torch.from_numpy(x).to(features.device).requires_grad_(True)
         parameters = unflatten(point[:size] * scale, shapes)
-        rewards = program.reward.apply(parameters, features)
+        rewards = program.head.apply(parameters, features)
         value = density.log_joint(density.gather(rewards), point[size:]) - 0.5 * (point[:size] @ point[:size])
         (gradient,) = torch.autograd.grad(-value, [point])
         return float(-value.detach()), gradient.cpu().numpy()
@@ -78,4 +78,4 @@ def initial_parameters(program: RewardModel, num_features: int, scale: Tensor, *
     """A start away from the symmetric point zero: a prior draw shrunk to a tenth, shape `(P,)`."""
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(len(scale), generator=generator, dtype=torch.float64).to(scale.device)
-    return 0.1 * scale * draw if not program.reward.is_linear else torch.zeros_like(scale)
+    return 0.1 * scale * draw if not program.head.is_linear else torch.zeros_like(scale)

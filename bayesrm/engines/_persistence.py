@@ -1,4 +1,7 @@
-"""A posterior on disk: `posterior.json`, `posterior.safetensors` and `manifest.json` with their digests."""
+"""A posterior on disk: `posterior.json`, `posterior.safetensors` and `manifest.json` with the digests of all files.
+
+That of a language-model reward also holds `adapter/`, the trained adapter and head as peft saves them.
+"""
 
 import dataclasses
 import hashlib
@@ -13,18 +16,26 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
+from .._typing import Tensor
 from ..errors import LikelihoodChangedWarning, PersistenceError
 from ..likelihoods import base as likelihoods
 from ..priors import Gaussian
 from ..programs import RewardModel
-from ..rewards import MLP, FeatureExtractor, Linear
+from ..rewards import MLP, FeatureExtractor, Linear, LoRA
+from ..rewards._subspaces import subspace_from
 from ..rewards.heads import head_config
+from ..rewards.tangent import Tangent
+from ._kron import DiagCovariance, KronCovariance
+from ._schema import FeedbackSchema
 from .gaussian_posterior import GaussianPosterior
-from .posterior import FeedbackSchema, FitReport, Posterior
+from .posterior import Posterior
+from .report import FitReport
 
 FORMAT_VERSION = 1
 _SETTINGS, _TENSORS, _MANIFEST = "posterior.json", "posterior.safetensors", "manifest.json"
+_ADAPTER = "adapter"
 _HEADS = {"Linear": Linear, "MLP": MLP}
+_COVARIANCES: dict[str, Any] = {"KronCovariance": KronCovariance, "DiagCovariance": DiagCovariance}
 _POSTERIORS = {"GaussianPosterior": GaussianPosterior}
 
 
@@ -48,7 +59,9 @@ def save(posterior: Posterior, path: str | Path) -> None:
     try:
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
         safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / _TENSORS)
-        files = {name: _digest(folder / name) for name in (_SETTINGS, _TENSORS)}
+        if isinstance(posterior.program.head, Tangent):
+            posterior.program.head.network.save_adapter(folder / _ADAPTER)
+        files = {str(f.relative_to(folder)): _digest(f) for f in sorted(folder.rglob("*")) if f.is_file()}
         manifest = {"format": "bayesrm.posterior", "version": FORMAT_VERSION, "sha256": files}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         folder.chmod(0o755)
@@ -82,7 +95,7 @@ def load(path: str | Path, likelihood: Any = None) -> Posterior:
             f"{folder / _MANIFEST} describes {manifest.get('format')!r} version {manifest.get('version')!r}; "
             f"this release reads 'bayesrm.posterior' version {FORMAT_VERSION}"
         )
-    for name in (_SETTINGS, _TENSORS):
+    for name in dict.fromkeys([_SETTINGS, _TENSORS, *manifest.get("sha256", {})]):
         file = folder / name
         if not file.is_file():
             raise PersistenceError(f"{file} is missing; the run directory is incomplete")
@@ -93,7 +106,7 @@ def load(path: str | Path, likelihood: Any = None) -> Posterior:
         tensors = safetensors.torch.load_file(folder / _TENSORS)
     except (OSError, safetensors.SafetensorError) as error:
         raise PersistenceError(f"{folder / _TENSORS} cannot be read: {error}") from error
-    program, changed = _program(settings["program"], likelihood)
+    program, changed = _program(settings["program"], likelihood, folder, tensors)
     for name in changed:
         warnings.warn(
             f"the source of likelihood '{name}' has changed since the posterior in {folder} was fitted",
@@ -111,24 +124,64 @@ def _program_config(program: RewardModel) -> dict[str, Any]:
         likelihood: Any = {"kinds": {kind: likelihoods.to_config(value) for kind, value in program.likelihood.items()}}
     else:
         likelihood = likelihoods.to_config(program.likelihood)
-    if type(program.reward).__name__ not in _HEADS:
+    if isinstance(program.head, Tangent):
+        return {"reward": _tangent_config(program.head), "likelihood": likelihood, "prior": {"precision": 1.0}}
+    if type(program.head).__name__ not in _HEADS:
         raise PersistenceError(
-            f"a reward function of type {type(program.reward).__name__} cannot be saved; use one of {sorted(_HEADS)}"
+            f"a reward function of type {type(program.head).__name__} cannot be saved; use one of {sorted(_HEADS)}"
         )
     precision = program.prior.precision
     return {
-        "reward": head_config(program.reward),
+        "reward": head_config(program.head),
         "likelihood": likelihood,
         "prior": {"precision": dict(precision) if isinstance(precision, Mapping) else precision},
     }
 
 
-def _program(config: dict[str, Any], given: Any) -> tuple[RewardModel, list[str]]:
+def _tangent_config(tangent: Tangent) -> dict[str, Any]:
+    return {
+        "type": "Tangent",
+        "lora": tangent.network.settings.to_config(),
+        "sites": list(tangent.sites),
+        "rest": None if tangent.rest is None else type(tangent.rest).__name__,
+        "uncertain_rest": tangent.uncertain_rest,
+        "batch_size": tangent.batch_size,
+    }
+
+
+def _tangent(config: dict[str, Any], folder: Path, tensors: dict[str, Tensor]) -> Tangent:
+    network = LoRA.from_config(config["lora"] | {"adapter": str(folder / _ADAPTER)}).load()
+    own = {name.removeprefix("tangent."): value for name, value in tensors.items() if name.startswith("tangent.")}
+    rest = None
+    if config["rest"] is not None:
+        held = {name.removeprefix("rest."): value.to(network.device) for name, value in own.items()}
+        shapes = {site: tuple(network.sites[site].shape) for site in config["sites"]}
+        rest = _COVARIANCES[config["rest"]].from_state(held, shapes)
+    placed = {name: value.to(network.device) for name, value in own.items()}
+    return Tangent(
+        network,
+        tuple(config["sites"]),
+        placed["center"],
+        placed["scale"],
+        subspace_from(placed),
+        rest,
+        config["uncertain_rest"],
+        config["batch_size"],
+    )
+
+
+def _program(
+    config: dict[str, Any], given: Any, folder: Path, tensors: dict[str, Tensor]
+) -> tuple[RewardModel, list[str]]:
     reward = config["reward"]
-    extractor = None if reward["features"] is None else FeatureExtractor.from_config(reward["features"])
-    # JSON has no tuples.
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in reward["settings"].items()}
-    head = _HEADS[reward["type"]](features=extractor, **values)
+    head: Any
+    if reward["type"] == "Tangent":
+        head = _tangent(reward, folder, tensors)
+    else:
+        extractor = None if reward["features"] is None else FeatureExtractor.from_config(reward["features"])
+        # JSON has no tuples.
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in reward["settings"].items()}
+        head = _HEADS[reward["type"]](features=extractor, **values)
     changed: list[str] = []
     if given is not None:
         likelihood = given

@@ -7,7 +7,8 @@ import math
 from ..data import Comparisons
 from ..errors import ArgumentError
 from ._gaussian_fit import Fitted
-from .posterior import FitReport
+from .report import FitReport
+from .training import Training
 
 
 def check_choice(argument: str, value: str, known: type[enum.Enum]) -> None:
@@ -27,10 +28,18 @@ def check_optimiser(gradient_tolerance: float, max_iterations: int, memory_gib: 
         raise ArgumentError(f"`memory_gib` is {memory_gib}; it is a positive number of GiB")
 
 
+def check_positive(argument: str, value: int) -> None:
+    """Raises `ArgumentError` unless `value` is a positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"`{argument}` is {value!r}; it is a positive whole number")
+
+
 def make_report(engine: object, fitted: Fitted, data: Comparisons, seed: int, seconds: float) -> FitReport:
     """The report that MAP and Laplace have in common."""
     assert dataclasses.is_dataclass(engine)
     settings = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)}
+    if isinstance(settings.get("training"), Training):
+        settings["training"] = settings["training"].to_config()
     return FitReport(
         engine={"name": type(engine).__name__, "settings": settings},
         seed=seed,

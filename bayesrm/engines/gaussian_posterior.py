@@ -2,16 +2,22 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 from .._typing import Tensor
 from ..beliefs import RewardBelief, covariance_root
 from ..data.groups import FeedbackGroup
+from ..errors import ArgumentError
 from ..programs import RewardModel
 from ..rewards.heads import unflatten
+from ..rewards.tangent import Tangent, whole_prompts
+from ._adapter_draws import save_draws, weight_draws
+from ._schema import FeedbackSchema
 from ._tangent import Whitening
-from .posterior import FeedbackSchema, FitReport, Posterior
+from .posterior import Posterior
+from .report import FitReport
 
 #: Predictions are made for about this many numbers at once.
 _CHUNK = 2**24
@@ -39,14 +45,16 @@ class Expansion:
 
     def rewards(self, features: Tensor) -> Tensor:
         """Rewards at the point, shape `(n,)`, of features as they come, shape `(n, D)`."""
-        head = self.program.reward
+        head = self.program.head
         shapes = head.parameter_shapes(features.shape[1])
         result: Tensor = head.apply(unflatten(self.point, shapes), self.scaled(features))
         return result
 
     def jacobian(self, features: Tensor) -> Tensor:
         """Derivative of the rewards in the parameters, shape `(n, P)`."""
-        head = self.program.reward
+        head = self.program.head
+        if isinstance(head, Tangent):
+            return features[:, 1:]
         scaled = self.scaled(features)
         if head.is_linear and head.parameter_shapes(features.shape[1]) == {"weight": (features.shape[1],)}:
             return scaled
@@ -90,29 +98,90 @@ class GaussianPosterior(Posterior):
 
     def plug_in(self) -> "GaussianPosterior":
         """The same mode without its uncertainty: what MAP would return."""
-        return GaussianPosterior(
-            self.program, self.schema, self.report, self._expansion, self._whitening, self.mode, factor=None
-        )
+        program, expansion = self.program, self._expansion
+        if isinstance(program.head, Tangent):
+            program = dataclasses.replace(program, reward=dataclasses.replace(program.head, uncertain_rest=False))
+            expansion = dataclasses.replace(expansion, program=program)
+        return GaussianPosterior(program, self.schema, self.report, expansion, self._whitening, self.mode, factor=None)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         """Parameters of the reward function at the mode, by site."""
-        shapes = self.program.reward.parameter_shapes(self._num_features())
+        shapes = self.program.head.parameter_shapes(self._num_features())
         return unflatten(self._whitening.to_parameters(self.mode[: self._whitening.size]), shapes)
+
+    def save_adapter_draws(
+        self, folder: str | Path, num_samples: int, *, seed: int = 0, rest: bool = True
+    ) -> list[Path]:
+        """Writes draws of a language model's adapter weights in peft's format, each to a folder of its own.
+
+        Plain peft loads them (`model.load_adapter(path, adapter_name="draw-000")`), and so do servers that load
+        adapters; heads are included. The draws are from the posterior of the *linearised* model. A network at drawn
+        weights follows the linear model only near its trained weights: far out in many directions of a wide prior, it
+        does not.
+
+        Args:
+            folder: Where to write `draw-000`, `draw-001`, ...
+            num_samples: Number of draws.
+            seed: Seed.
+            rest: Whether directions that the data do not inform are drawn from the prior too, or stay at its mean.
+
+        Returns:
+            The folders.
+
+        Raises:
+            ArgumentError: The reward is no language model's, or `num_samples` is not positive.
+            PersistenceError: A folder cannot be written.
+        """
+        tangent = self.program.head
+        if not isinstance(tangent, Tangent):
+            raise ArgumentError(f"a {type(tangent).__name__} reward has no adapters; use a posterior of a LoRA reward")
+        if num_samples < 1:
+            raise ArgumentError(f"`num_samples` is {num_samples}; at least 1 draw is needed")
+        z = self._coordinate_draws(num_samples, seed)
+        return save_draws(tangent, weight_draws(tangent, z, seed=seed + 1, rest=rest), Path(folder))
+
+    def _coordinate_draws(self, num_samples: int, seed: int) -> Tensor:
+        """Draws of the reward function's parameters in whitened coordinates, the basis's complement included."""
+        w = self._whitening
+        generator = torch.Generator().manual_seed(seed)
+        z = self.mode[: w.size].expand(num_samples, -1)
+        if self.factor is not None:
+            noise = torch.randn(num_samples, len(self.mode), generator=generator, dtype=torch.float64)
+            if self.factor.dim() == 1:
+                moved = noise / self.factor
+            else:
+                moved = torch.linalg.solve_triangular(self.factor.T, noise.T, upper=True).T
+            z = z + moved[:, : w.size]
+        if w.basis is None:
+            return z
+        z = z @ w.basis.T
+        if self.factor is not None:
+            noise = torch.randn(z.shape, generator=generator, dtype=torch.float64)
+            z = z + noise - (noise @ w.basis) @ w.basis.T
+        return z
 
     def _num_features(self) -> int:
         return len(self._expansion.feature_center)
 
-    def _moments(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Mean `(n,)` of the items' rewards, root in coordinates `(n, R + Q)`, and the complement's root `(n, P)`."""
+    def _moments(self, features: Tensor, outside: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean `(n,)` of the items' rewards, and a root `(n, ...)` of their covariance.
+
+        The root's first R + Q columns belong to the coordinates and latents (none for a point), the next to the
+        complement of the coordinates, the last are `outside`.
+        """
         w = self._whitening
         jacobian = self._expansion.jacobian(features)
         design = w.design(jacobian)
         base = self._expansion.rewards(features) + jacobian @ (w.center - self._expansion.point)
         mean = base + design @ self.mode[: w.size]
-        if self.factor is None:
-            return mean, design.new_zeros(len(design), 0), None
-        return mean, self._solve(design), w.complement(jacobian)
+        parts = []
+        if self.factor is not None:
+            complement = w.complement(jacobian)
+            parts = [self._solve(design), *([] if complement is None else [complement])]
+        if outside is not None:
+            parts.append(outside)
+        return mean, torch.cat(parts, dim=1) if parts else design.new_zeros(len(design), 0)
 
     def _solve(self, design: Tensor) -> Tensor:
         """Rows x L^-T, whose inner products are the covariances of x . (z, latents), for x of shape `(n, <= R + Q)`."""
@@ -123,20 +192,18 @@ class GaussianPosterior(Posterior):
         solved: Tensor = torch.linalg.solve_triangular(self.factor, padded.T, upper=False)
         return solved.T
 
-    def _belief(self, features: Tensor, sizes: Sequence[int]) -> RewardBelief:
+    def _belief(self, features: Tensor, sizes: Sequence[int], outside: Tensor | None) -> RewardBelief:
         most = max(sizes)
         means = features.new_zeros(len(sizes), most)
         mask = torch.zeros(len(sizes), most, dtype=torch.bool)
         roots = []
         numbers = max(len(self._expansion.point), 1)
-        chunks = _whole_prompts(sizes, max(1, _CHUNK // numbers))
+        chunks = whole_prompts(sizes, max(1, _CHUNK // numbers))
         start = prompt = 0
         for chunk in chunks:
-            block = features[start : start + sum(chunk)]
-            start += sum(chunk)
-            mean, root, outside = self._moments(block)
-            if outside is not None:
-                root = torch.cat([root, outside], dim=1)
+            stop = start + sum(chunk)
+            mean, root = self._moments(features[start:stop], None if outside is None else outside[start:stop])
+            start = stop
             for m, a in zip(mean.split(list(chunk)), root.split(list(chunk)), strict=True):
                 means[prompt, : len(m)] = m
                 mask[prompt, : len(m)] = True
@@ -168,18 +235,30 @@ class GaussianPosterior(Posterior):
         return root @ root.T
 
     def _feedback_draws(
-        self, features: Tensor, groups: Sequence[FeedbackGroup], num_samples: int, seed: int
+        self,
+        features: Tensor,
+        groups: Sequence[FeedbackGroup],
+        num_samples: int,
+        seed: int,
+        outside: Tensor | None,
     ) -> Iterator[tuple[list[Tensor], Tensor]]:
         latents = self.mode[self._whitening.size :]
-        q = len(latents)
-        pieces = [self._moments(part) for part in features.split(max(1, _CHUNK // max(1, len(self._expansion.point))))]
-        mean = torch.cat([m for m, _, _ in pieces])
-        if self.factor is None:
+        step = max(1, _CHUNK // max(1, len(self._expansion.point)))
+        starts = range(0, len(features), step)
+        pieces = [
+            self._moments(features[i : i + step], None if outside is None else outside[i : i + step]) for i in starts
+        ]
+        mean = torch.cat([m for m, _ in pieces])
+        root = torch.cat([a for _, a in pieces])
+        if not root.shape[1]:
             yield [mean[g.items][None] for g in groups], latents
             return
-        root = torch.cat([a if c is None else torch.cat([a, c], dim=1) for _, a, c in pieces])
-        latent_root = torch.nn.functional.pad(self._latent_root(), (0, root.shape[1] - len(self.mode)))
-        latent_scale = covariance_root(latent_root @ latent_root.T) if q else root.new_zeros(0, 0)
+        # A point has latents that are known.
+        q = len(latents) if self.factor is not None else 0
+        latent_root = root.new_zeros(0, root.shape[1])
+        if q:
+            latent_root = torch.nn.functional.pad(self._latent_root(), (0, root.shape[1] - len(self.mode)))
+        latent_scale = covariance_root(latent_root @ latent_root.T) if q else root.new_zeros(len(latents), 0)
         # Rewards given the latents: r = mean + cross e_latents + conditional e_rewards.
         to_latents = torch.linalg.solve(latent_scale, latent_root) if q else root.new_zeros(0, root.shape[1])
         item_cross = root @ to_latents.T
@@ -211,6 +290,8 @@ class GaussianPosterior(Posterior):
             "prior_scale": w.scale,
             "mode": self.mode,
         }
+        if isinstance(self.program.head, Tangent):
+            tensors |= {f"tangent.{name}": value for name, value in self.program.head.state().items()}
         if w.basis is not None:
             tensors["basis"] = w.basis
         if self.factor is not None:
@@ -224,17 +305,6 @@ class GaussianPosterior(Posterior):
         expansion = Expansion(program, tensors["point"], tensors["feature_center"], tensors["feature_scale"])
         whitening = Whitening(tensors["prior_mean"], tensors["prior_scale"], tensors.get("basis"))
         return cls(program, schema, report, expansion, whitening, tensors["mode"], tensors.get("factor"))
-
-
-def _whole_prompts(sizes: Sequence[int], limit: int) -> Iterator[Sequence[int]]:
-    """Splits the prompts into runs of at most about `limit` candidates."""
-    run: list[int] = []
-    for size in sizes:
-        if run and sum(run) + size > limit:
-            yield run
-            run = []
-        run.append(size)
-    yield run
 
 
 def _row_roots(root: Tensor, items: Tensor) -> Tensor:

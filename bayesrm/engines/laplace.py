@@ -13,12 +13,15 @@ from ..data import Comparisons
 from ..data.groups import FeedbackGroup
 from ..errors import ArgumentError, EngineError
 from ..programs import RewardModel
+from ..rewards import LoRA
 from ._curvature import Curvature, CurvatureKind
 from ._gaussian_fit import Fitted, OptimiserSettings, PriorPrecision, fit_mode
+from ._lora_fit import fit_tangent
 from ._newton import evidence
-from ._settings import check_choice, check_optimiser, make_report
+from ._settings import check_choice, check_optimiser, check_positive, make_report
 from ._tangent import CHUNK, Coordinates, joint_precision, row_space
 from .gaussian_posterior import GaussianPosterior
+from .training import Training
 
 
 class Structure(enum.StrEnum):
@@ -26,8 +29,25 @@ class Structure(enum.StrEnum):
 
     FULL = "full"
     """All of it: exact for the tangent model."""
+    SKETCH = "sketch"
+    """LoRA: all of it among leading directions of every weight matrix, the prior outside. Scales with any data size."""
+    LAST_LAYER = "last_layer"
+    """LoRA: all of it for the layer that returns the reward, the adapters fixed. Prediction costs a forward pass."""
+    KRON = "kron"
+    """LoRA: a Kronecker product for every weight matrix, through laplace-torch. Latents are held at their mode."""
     DIAG = "diag"
-    """Its diagonal in the parameters. Cheap, and wrong where features are correlated."""
+    """Its diagonal in the parameters. Cheap, and wrong where features are correlated. For LoRA as for `kron`."""
+
+
+class PrecisionGroups(enum.StrEnum):
+    """Which parameter sites of a LoRA reward share one factor on their prior precisions."""
+
+    ONE = "one"
+    """All of them."""
+    MODULE = "module"
+    """The same matrix of every layer, such as `query.lora_A`; the head apart."""
+    LAYER = "layer"
+    """All of a layer; the head apart."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +59,25 @@ class Laplace:
     precisions on held-out prompts.
 
     The latents are in the posterior, in unconstrained space with the log Jacobian. Non-linear heads are linearised at
-    their mode (Immer et al., 2008.08400).
+    their mode (Immer et al., 2008.08400). A `LoRA` reward is trained first, then linearised at its trained weights
+    (Yang et al., 2308.13111, 2402.13210) and *refined*: Newton's method finds the mode of the tangent model, wherever
+    training ended, and the report says how far that was.
 
     Attributes:
-        structure: `"full"`, or `"diag"`, which `fit` compares with `full` on a probe set and reports.
-        prior_precision: `"given"`, or `"marginal_likelihood"` to tune a common factor on the declared precisions.
+        structure: A `Structure`; heads know `"full"` and `"diag"`. Structures that approximate are compared with `full`
+            on comparisons held out from both, see `FitReport.structure_check`.
+        prior_precision: `"given"`, or `"marginal_likelihood"` to tune factors on the declared precisions.
+        precision_groups: For LoRA, which sites share a factor: `"one"` for all, `"module"` (the same kind of matrix in
+            every layer) or `"layer"`.
+        sketch_rank: Directions on each side of a weight matrix that `sketch` keeps.
+        training: How LoRA weights are trained.
+        jacobian_batch_size: Sequences that are differentiated together.
         coordinates: `"primal"`, `"dual"` (row space; cheaper when comparisons are fewer than parameters) or `"auto"`.
         curvature: `"auto"`, `"observed"` or `"fisher"`, see `FitReport.curvature`.
         gradient_tolerance: Gradient norm of the mode, parameters in units of their prior standard deviation.
         max_iterations: Most optimiser steps.
-        memory_gib: Refuse to start work that needs more memory than this.
+        memory_gib: Refuse to start work that needs more memory than this. Derivatives of LoRA weights go to disk first.
+        disk_gib: The same for disk.
 
     Raises:
         ArgumentError: A setting is not one of the known values.
@@ -69,13 +98,21 @@ class Laplace:
     gradient_tolerance: float = 1e-6
     max_iterations: int = 1000
     memory_gib: float = 8.0
+    disk_gib: float = 64.0
+    precision_groups: str = "one"
+    sketch_rank: int = 16
+    training: Training = dataclasses.field(default_factory=Training)
+    jacobian_batch_size: int = 16
 
     def __post_init__(self) -> None:
         check_choice("structure", self.structure, Structure)
         check_choice("prior_precision", self.prior_precision, PriorPrecision)
         check_choice("coordinates", self.coordinates, Coordinates)
         check_choice("curvature", self.curvature, CurvatureKind)
+        check_choice("precision_groups", self.precision_groups, PrecisionGroups)
         check_optimiser(self.gradient_tolerance, self.max_iterations, self.memory_gib)
+        check_positive("sketch_rank", self.sketch_rank)
+        check_positive("jacobian_batch_size", self.jacobian_batch_size)
         if self.structure == "diag" and self.coordinates == "dual":
             raise ArgumentError(
                 "`structure='diag'` is a diagonal in the parameters; use coordinates='primal' or 'auto'"
@@ -84,6 +121,15 @@ class Laplace:
     def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> GaussianPosterior:
         """The posterior, see `bayesrm.fit`."""
         begin = time.perf_counter()
+        if isinstance(program.reward, LoRA):
+            return self._fit_lora(program, data, seed=seed, progress=progress)
+        if self.structure not in ("full", "diag"):
+            raise EngineError(
+                f"`structure='{self.structure}'` is for LoRA rewards; for {type(program.reward).__name__} use 'full' "
+                "or 'diag'"
+            )
+        if self.precision_groups != "one":
+            raise EngineError("`precision_groups` is for LoRA rewards; heads have one common factor")
         diag = self.structure == "diag"
         settings = OptimiserSettings(
             self.gradient_tolerance,
@@ -106,6 +152,33 @@ class Laplace:
         mode = torch.cat([fitted.mode.z, fitted.mode.latents])
         return GaussianPosterior(
             fitted.program, fitted.schema, report, fitted.expansion, fitted.whitening, mode, factor
+        )
+
+    def _fit_lora(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> GaussianPosterior:
+        begin = time.perf_counter()
+        found, trained = fit_tangent(self, program, data, seed=seed, progress=progress)
+        fitted = found.fitted
+        report = make_report(self, fitted, data, seed, 0.0)
+        log_evidence = factor = None
+        if self.structure not in ("kron", "diag"):
+            c = fitted.curvature(CurvatureKind(self.curvature), seed)
+            factor = _cholesky(joint_precision(fitted.design, fitted.density.groups, c))
+            log_evidence = evidence(fitted.mode, factor)
+        report = dataclasses.replace(
+            report,
+            seconds=time.perf_counter() - begin,
+            num_parameters=found.plan.parameters,
+            num_coordinates=found.plan.coordinates if factor is None else fitted.whitening.size,
+            log_evidence=log_evidence,
+            curvature=found.curvature,
+            prior_precision=found.prior.precision,
+            structure_check=found.structure_check,
+            refinement=found.refinement,
+            training=trained.report.summary(),
+        )
+        mode = torch.cat([fitted.mode.z, fitted.mode.latents])
+        return GaussianPosterior(
+            fitted.program, trained.schema, report, fitted.expansion, fitted.whitening, mode, factor
         )
 
 

@@ -2,16 +2,21 @@
 
 import dataclasses
 import time
+import warnings
 
 import torch
 
 from ..data import Comparisons
+from ..errors import ConvergenceWarning, EngineError
 from ..programs import RewardModel
+from ..rewards import LoRA
 from ._curvature import CurvatureKind
 from ._gaussian_fit import OptimiserSettings, PriorPrecision, fit_mode
+from ._lora_fit import point_fit, train_network, trained_gradient_norm
 from ._settings import check_choice, check_optimiser, make_report
 from ._tangent import Coordinates
 from .gaussian_posterior import GaussianPosterior
+from .training import Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +24,15 @@ class MAP:
     """The mode of (parameters, unconstrained likelihood latents), with no uncertainty: the usual reward model.
 
     Linear heads by Newton's method, others by L-BFGS; both stop at a stated gradient norm and warn when they miss it.
+    LoRA rewards by stochastic gradient descent (`Training`), which ends near a mode at best: the report has the
+    gradient norm at the end, in units of the prior standard deviation, and a run that was stopped early warns.
 
     Attributes:
         prior_precision: `"given"`, or `"marginal_likelihood"` to tune a common factor on the declared precisions.
         gradient_tolerance: Gradient norm of the mode, parameters in units of their prior standard deviation.
         max_iterations: Most optimiser steps.
         memory_gib: Refuse to start work that needs more memory than this.
+        training: How LoRA weights are trained.
 
     Example:
         >>> import bayesrm as brm, numpy as np
@@ -38,6 +46,7 @@ class MAP:
     gradient_tolerance: float = 1e-6
     max_iterations: int = 1000
     memory_gib: float = 8.0
+    training: Training = dataclasses.field(default_factory=Training)
 
     def __post_init__(self) -> None:
         check_choice("prior_precision", self.prior_precision, PriorPrecision)
@@ -46,6 +55,8 @@ class MAP:
     def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> GaussianPosterior:
         """The mode as a posterior of zero width, see `bayesrm.fit`."""
         begin = time.perf_counter()
+        if isinstance(program.reward, LoRA):
+            return self._train(program, data, seed=seed, progress=progress)
         settings = OptimiserSettings(
             self.gradient_tolerance, self.max_iterations, Coordinates.AUTO, self.memory_gib, CurvatureKind.AUTO
         )
@@ -54,4 +65,39 @@ class MAP:
         mode = torch.cat([fitted.mode.z, fitted.mode.latents])
         return GaussianPosterior(
             fitted.program, fitted.schema, report, fitted.expansion, fitted.whitening, mode, factor=None
+        ).plug_in()
+
+    def _train(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> GaussianPosterior:
+        begin = time.perf_counter()
+        if self.prior_precision != "given":
+            raise EngineError(
+                "`prior_precision='marginal_likelihood'` needs the curvature for a LoRA reward; "
+                "use Laplace(...) and the posterior's `plug_in()`"
+            )
+        trained = train_network(program, data, self.training, seed=seed, progress=progress)
+        norm = trained_gradient_norm(trained, program, data, 2 * self.training.batch_size)
+        posterior = point_fit(trained, program, batch_size=2 * self.training.batch_size)
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        run = trained.report.summary()
+        posterior.report = dataclasses.replace(
+            posterior.report,
+            engine={"name": "MAP", "settings": settings | {"training": self.training.to_config()}},
+            seed=seed,
+            num_rows=len(data),
+            num_items=data.num_items,
+            num_prompts=data.num_prompts,
+            converged=norm <= self.gradient_tolerance,
+            gradient_norm=norm,
+            iterations=trained.report.steps,
+            prior_precision=program.prior.precision,
+            training=run,
+            seconds=time.perf_counter() - begin,
         )
+        if trained.report.stopped_early:
+            warnings.warn(
+                f"training stopped after {run['steps']} of {run['planned_steps']} steps (gradient norm {norm:.1e}): "
+                "the weights are no mode of the declared posterior; Laplace(...) finds the tangent's mode",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        return posterior

@@ -1,148 +1,32 @@
 """What every engine returns: beliefs about rewards, predictions of feedback, latents, and a way to disk."""
 
 import abc
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from .._typing import Tensor
 from ..beliefs import RewardBelief
 from ..data import Comparisons
-from ..data.groups import Comparison, FeedbackGroup
-from ..errors import ArgumentError, DataError, LikelihoodError
+from ..data.groups import FeedbackGroup
+from ..errors import ArgumentError, DataError
 from ..likelihoods.base import outcomes_of
 from ..programs import RewardModel
+from ..rewards.tangent import Tangent, whole_prompts
 from ._density import FeedbackDensity, _tile
+from ._schema import FeedbackSchema
 from .prediction import FeedbackPrediction, GroupPrediction
+from .report import FitReport
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-
-@dataclasses.dataclass(frozen=True)
-class FitReport:
-    """How a posterior came about: what `summary` prints and `save_pretrained` keeps.
-
-    Attributes:
-        engine: Name and settings of the engine.
-        seed: Seed of the fit.
-        seconds: Wall time of the fit.
-        num_rows: Rows of feedback.
-        num_items: Unique items.
-        num_prompts: Unique prompts.
-        num_parameters: Parameters of the reward function, P.
-        num_coordinates: Coordinates the engine worked in, R.
-        converged: Whether the optimiser reached its gradient tolerance.
-        gradient_norm: Gradient norm at the end, in whitened coordinates.
-        iterations: Optimiser steps.
-        log_evidence: Laplace's approximation of log p(feedback), when computed.
-        curvature: Which curvature was used (`observed`, `fisher`, `fisher-draws`), when one was.
-        prior_precision: Prior precision, given or tuned, by parameter site or one number.
-        tuned: Whether it was tuned by the marginal likelihood.
-        structure_check: Comparison of an approximate structure with `full` on a probe set.
-    """
-
-    engine: dict[str, Any]
-    seed: int
-    seconds: float
-    num_rows: int
-    num_items: int
-    num_prompts: int
-    num_parameters: int
-    num_coordinates: int
-    converged: bool
-    gradient_norm: float
-    iterations: int
-    log_evidence: float | None = None
-    curvature: str | None = None
-    prior_precision: float | Mapping[str, float] = 1.0
-    tuned: bool = False
-    structure_check: Mapping[str, float] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class FeedbackSchema:
-    """The kinds of feedback a posterior was fitted on, as far as its latents depend on them.
-
-    Attributes:
-        kinds: For each group of rows: kind, K, depth, number of levels, whether margins and lengths were there.
-        annotators: Names of the annotators, in the order of their codes.
-    """
-
-    kinds: tuple[dict[str, Any], ...]
-    annotators: tuple[str, ...]
-
-    @classmethod
-    def of(cls, data: Comparisons, groups: Sequence[FeedbackGroup]) -> "FeedbackSchema":
-        """The schema of training data."""
-        kinds = []
-        for g in groups:
-            c = g.comparison
-            present = {name: getattr(c, name) is not None for name in ("annotator", "margin", "lengths")}
-            kinds.append(
-                {"kind": c.kind, "num_candidates": c.num_candidates, "depth": c.depth, "num_levels": c.num_levels}
-                | present
-            )
-        return cls(tuple(kinds), tuple(data.annotators))
-
-    def example_groups(self) -> list[FeedbackGroup]:
-        """One made-up row of each kind, enough to find the latents of a likelihood and their supports."""
-        groups = []
-        for i, kind in enumerate(self.kinds):
-            k = kind["num_candidates"]
-            comparison = Comparison(
-                kind=kind["kind"],
-                num_rows=1,
-                num_candidates=k,
-                depth=kind["depth"],
-                num_levels=kind["num_levels"],
-                annotator=torch.zeros(1, dtype=torch.long) if kind["annotator"] else None,
-                num_annotators=len(self.annotators),
-                margin=torch.zeros(1, dtype=torch.float64) if kind["margin"] else None,
-                lengths=torch.ones(1, k, dtype=torch.float64) if kind["lengths"] else None,
-            )
-            outcome = (
-                torch.arange(kind["depth"])[None] if kind["kind"] == "ranking" else torch.zeros(1, dtype=torch.long)
-            )
-            one = torch.ones(1, dtype=torch.float64)
-            groups.append(FeedbackGroup(comparison, torch.arange(k)[None], outcome, one, torch.tensor([i])))
-        return groups
-
-    def check(self, groups: Sequence[FeedbackGroup], annotators: Sequence[str]) -> list[FeedbackGroup]:
-        """`groups` of other data with annotators coded as in training.
-
-        Raises:
-            LikelihoodError: An annotator was not in the training data, or ratings have other levels.
-        """
-        levels = {kind["num_levels"] for kind in self.kinds if kind["kind"] == "rating"}
-        uses_annotators = any(kind["annotator"] for kind in self.kinds)
-        code = {name: i for i, name in enumerate(self.annotators)}
-        result = []
-        for g in groups:
-            c = g.comparison
-            if c.kind == "rating" and levels and c.num_levels not in levels:
-                raise LikelihoodError(
-                    f"ratings with {c.num_levels} levels, the posterior was fitted on {sorted(levels)}"
-                )
-            if c.annotator is not None and uses_annotators:
-                known = torch.tensor([code.get(name, -1) for name in annotators] + [-1])
-                # The last entry serves code -1, rows without an annotator.
-                mapped = known.to(c.annotator.device)[c.annotator]
-                strange = (mapped < 0) & (c.annotator >= 0)
-                if bool(strange.any()):
-                    name = annotators[int(c.annotator[strange][0])]
-                    raise LikelihoodError(
-                        f"annotator {name!r} of row {int(g.rows[strange][0])} was not in the training data, which has "
-                        f"{len(self.annotators)} ({', '.join(map(repr, self.annotators[:5]))}"
-                        f"{', ...' if len(self.annotators) > 5 else ''}); leave such rows out with `data.select`"
-                    )
-                c = dataclasses.replace(c, annotator=mapped, num_annotators=len(self.annotators))
-                g = dataclasses.replace(g, comparison=c)
-            result.append(g)
-        return result
+#: Candidates whose texts go through a network before their belief is formed.
+_RUN = 2048
 
 
 class Posterior(abc.ABC):
@@ -159,12 +43,20 @@ class Posterior(abc.ABC):
     report: FitReport
 
     @abc.abstractmethod
-    def _belief(self, features: Tensor, sizes: Sequence[int]) -> RewardBelief:
-        """Joint belief about items with float64 features `(items, D)`, `sizes` of them to a prompt in turn."""
+    def _belief(self, features: Tensor, sizes: Sequence[int], outside: Tensor | None) -> RewardBelief:
+        """Joint belief about items with float64 features `(items, D)`, `sizes` of them to a prompt in turn.
+
+        `outside` is a factor of covariance to add to that of the items of each prompt, see `TangentFeatures`.
+        """
 
     @abc.abstractmethod
     def _feedback_draws(
-        self, features: Tensor, groups: Sequence[FeedbackGroup], num_samples: int, seed: int
+        self,
+        features: Tensor,
+        groups: Sequence[FeedbackGroup],
+        num_samples: int,
+        seed: int,
+        outside: Tensor | None,
     ) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Draws of the rewards of each group, `(draws, rows, K)`, with latents that they share, unconstrained, `(Q,)`.
 
@@ -222,29 +114,86 @@ class Posterior(abc.ABC):
         if any(arrays) and not all(arrays):
             raise ArgumentError("`candidates` mixes arrays of features with lists of texts; give one kind")
         if all(arrays):
+            if isinstance(self.program.head, Tangent):
+                raise ArgumentError(
+                    "`candidates` are arrays of features; this reward reads texts, give lists of responses"
+                )
             features = torch.cat([torch.as_tensor(c).double() for c in candidates])
-        else:
-            if prompts is None:
-                raise ArgumentError(
-                    "`prompts` is missing; it may be left out only when the candidates are arrays of features"
+            return self._belief(self._checked(features), sizes, None)
+        if prompts is None:
+            raise ArgumentError(
+                "`prompts` is missing; it may be left out only when the candidates are arrays of features"
+            )
+        reward = self.program.head
+        if isinstance(reward, Tangent):
+            parts = list(self._predict_texts(reward, prompts, candidates, sizes, progress))
+            return parts[0] if len(parts) == 1 else RewardBelief.concatenate(parts)
+        if reward.features is None:
+            raise ArgumentError(
+                "this posterior was fitted on precomputed features; give `candidates` as arrays of the same features"
+            )
+        flat_prompts = [p for p, c in zip(prompts, candidates, strict=True) for _ in c]
+        flat = [response for c in candidates for response in c]
+        features = torch.as_tensor(reward.features.extract(flat_prompts, flat, progress=progress)).double()
+        return self._belief(self._checked(features), sizes, None)
+
+    def predict_stream(
+        self, prompts: Iterable[tuple[Any, Sequence[Any]]], *, chunk_size: int = 256
+    ) -> Iterator[RewardBelief]:
+        """Beliefs about one prompt after another, from a stream of any length, in bounded memory.
+
+        Args:
+            prompts: Pairs of a prompt and its candidates, as for `predict`.
+            chunk_size: Prompts that are worked on together.
+
+        Yields:
+            For each prompt the belief about its candidates, shape `(1, K)`.
+        """
+        if chunk_size < 1:
+            raise ArgumentError(f"`chunk_size` is {chunk_size}; at least 1 prompt is needed")
+        stream = iter(prompts)
+        while chunk := list(itertools.islice(stream, chunk_size)):
+            belief = self.predict([p for p, _ in chunk], [c for _, c in chunk])
+            yield from (belief[i] for i in range(len(chunk)))
+
+    def _predict_texts(
+        self,
+        reward: Tangent,
+        prompts: Sequence[Any],
+        candidates: Sequence[Any],
+        sizes: Sequence[int],
+        progress: bool,
+    ) -> Iterator[RewardBelief]:
+        """Beliefs about runs of prompts, so that what a run needs on the way does not add up."""
+        start = 0
+        with tqdm(total=sum(sizes), unit="item", disable=not progress) as bar:
+            for run in whole_prompts(sizes, _RUN):
+                part = range(start, start + len(run))
+                sequences = reward.network.tokenize(
+                    [prompts[i] for i in part for _ in candidates[i]],
+                    [response for i in part for response in candidates[i]],
+                    start=sum(sizes[:start]),
                 )
-            extractor = self.program.reward.features
-            if extractor is None:
-                raise ArgumentError(
-                    "this posterior was fitted on precomputed features; "
-                    "give `candidates` as arrays of the same features"
-                )
-            flat_prompts = [p for p, c in zip(prompts, candidates, strict=True) for _ in c]
-            flat = [response for c in candidates for response in c]
-            features = torch.as_tensor(extractor.extract(flat_prompts, flat, progress=progress)).double()
-        return self._belief(self._checked(features), sizes)
+                found = reward.encode(sequences, run)
+                yield self._belief(self._checked(found.values), run, found.outside)
+                start += len(run)
+                bar.update(sum(run))
 
     def predict_items(self, data: Comparisons) -> RewardBelief:
         """Joint belief about the items of `data`, grouped by prompt; candidates in the order of the items."""
         prompt = torch.as_tensor(np.asarray(data.prompt_of_item))
         order = torch.argsort(prompt, stable=True)
         sizes = torch.unique(prompt, return_counts=True)[1].tolist()
-        return self._belief(self._checked(self.program.encode(data).double())[order], sizes)
+        features, outside = self._encoded(data)
+        return self._belief(features[order], sizes, None if outside is None else outside[order])
+
+    def _encoded(self, data: Comparisons) -> tuple[Tensor, Tensor | None]:
+        """Features of the items of `data` and, for a tangent, what lies outside its coordinates."""
+        reward = self.program.head
+        if isinstance(reward, Tangent):
+            found = reward.encode_items(data)
+            return self._checked(found.values), found.outside
+        return self._checked(self.program.encode(data).double()), None
 
     def predict_feedback(self, data: Comparisons, *, num_samples: int = 1024, seed: int = 0) -> FeedbackPrediction:
         """Posterior predictive of the feedback of each row: what NLL and calibration are computed from.
@@ -264,7 +213,7 @@ class Posterior(abc.ABC):
             raise ArgumentError(f"`num_samples` is {num_samples}; at least 1 point is needed")
         groups = self.schema.check(data.groups(), data.annotators)
         density = FeedbackDensity(self.program, groups)
-        features = self._checked(self.program.encode(data).double())
+        features, outside = self._encoded(data)
         totals: list[Tensor] = [
             torch.full((g.comparison.num_rows,), -torch.inf, dtype=torch.float64) for g in density.groups
         ]
@@ -272,7 +221,7 @@ class Posterior(abc.ABC):
         supports: list[Tensor | None] = [None] * len(groups)
         count = 0
         with torch.no_grad():
-            for rewards, latents in self._feedback_draws(features, density.groups, num_samples, seed):
+            for rewards, latents in self._feedback_draws(features, density.groups, num_samples, seed, outside):
                 draws = len(rewards[0])
                 count += draws
                 distributions = density.tiled(draws).distributions([r.flatten(0, 1) for r in rewards], latents)[0]
@@ -333,10 +282,10 @@ class Posterior(abc.ABC):
     def summary(self) -> str:
         """What was fitted, how it went, and the latents with 90% intervals."""
         r = self.report
-        precision = r.prior_precision if not isinstance(r.prior_precision, Mapping) else dict(r.prior_precision)
-        shown = f"{precision:.4g}" if isinstance(precision, float) else str(precision)
+        shown = _shown_precision(r.prior_precision)
+        reward = "LoRA" if isinstance(self.program.head, Tangent) else type(self.program.head).__name__
         lines = [
-            f"{type(self.program.reward).__name__} reward, {_likelihood_name(self.program.likelihood)} likelihood, "
+            f"{reward} reward, {_likelihood_name(self.program.likelihood)} likelihood, "
             f"{r.engine['name']} ({r.seconds:.1f} s)",
             f"  data        {r.num_rows} rows, {r.num_items} items, {r.num_prompts} prompts",
             f"  parameters  {r.num_parameters} in {r.num_coordinates} coordinates",
@@ -353,6 +302,16 @@ class Posterior(abc.ABC):
             lines.append(
                 f"  structure   against full: variance ratio {check['variance_ratio']:.2f}, "
                 f"rank correlation {check['rank_correlation']:.2f}"
+            )
+        if r.training is not None:
+            early = "" if r.training["steps"] >= r.training["planned_steps"] else "  STOPPED EARLY"
+            lines.append(f"  training    {r.training['steps']} of {r.training['planned_steps']} steps{early}")
+        if r.refinement is not None:
+            move = r.refinement
+            lines.append(
+                f"  refinement  trained weights: gradient norm {move['trained_gradient_norm']:.1e}; the mode lies "
+                f"{move['distance']:.2g} prior deviations away, {move['log_joint_gain']:.2f} nats higher, rewards move "
+                f"by {move['reward_change']:.2g} (scale {move['reward_scale']:.2g})"
             )
         for name, draws in self.latents(2000).items():
             flat = draws.reshape(len(draws), -1)
@@ -391,6 +350,14 @@ class Posterior(abc.ABC):
         from ._persistence import load
 
         return load(path, likelihood)
+
+
+def _shown_precision(precision: float | Mapping[str, float]) -> str:
+    if not isinstance(precision, Mapping):
+        return f"{precision:.4g}"
+    if len(precision) <= 8:
+        return ", ".join(f"{site} {value:.4g}" for site, value in precision.items())
+    return f"{min(precision.values()):.4g} to {max(precision.values()):.4g} over {len(precision)} sites"
 
 
 def _likelihood_name(likelihood: Any) -> str:

@@ -14,7 +14,7 @@ from ..data.groups import Comparison, FeedbackGroup
 from ..errors import ArgumentError, DataError, LikelihoodError
 from ..likelihoods import Likelihood
 from ..priors import Gaussian
-from ..rewards import Head
+from ..rewards import Head, LoRA, LoRANetwork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RewardModel:
     `feedback.<kind>.<K>` when there are several). Every inference engine works from this one declaration.
 
     Attributes:
-        reward: The reward function, for instance `rewards.Linear`.
+        reward: The reward function, for instance `rewards.Linear` or `rewards.LoRA`.
         likelihood: A likelihood, or one for each kind of feedback: `{"choice": ..., "rating": ...}`; then the latents'
             names get the kind as prefix (`rating.first_cutpoint`).
         prior: Prior over the parameters of the reward function.
@@ -55,12 +55,12 @@ class RewardModel:
         1.0
     """
 
-    reward: Head
+    reward: Head | LoRA | LoRANetwork
     likelihood: Likelihood | Mapping[str, Likelihood]
     prior: Gaussian = dataclasses.field(default_factory=Gaussian)
 
     def __post_init__(self) -> None:
-        if isinstance(self.reward, type) or not isinstance(self.reward, Head):
+        if isinstance(self.reward, type) or not isinstance(self.reward, Head | LoRA | LoRANetwork):
             raise ArgumentError(f"`reward` is {self.reward!r}; it is a reward function such as rewards.Linear()")
         likelihoods = self.likelihood.values() if isinstance(self.likelihood, Mapping) else [self.likelihood]
         for likelihood in likelihoods:
@@ -71,23 +71,60 @@ class RewardModel:
     #: Type of data the program explains; `fit` checks it.
     data_type = Comparisons
 
-    def __call__(self, features: Array, groups: Sequence[FeedbackGroup]) -> Array:
+    @property
+    def head(self) -> Head:
+        """The reward function, where it is a head.
+
+        Raises:
+            ArgumentError: It is a language model, which must be linearised first.
+        """
+        if isinstance(self.reward, LoRA | LoRANetwork):
+            raise ArgumentError(
+                "this needs a head on features, and the reward is a LoRA language model; use MAP or Laplace. The "
+                "program of a Laplace posterior, `posterior.program`, has the network's tangent as a linear head"
+            )
+        return self.reward
+
+    def __call__(self, features: Array | Mapping[str, Tensor], groups: Sequence[FeedbackGroup]) -> Array:
         """Runs the program.
 
         Args:
-            features: Features of the items, shape `(items, num_features)`, torch or JAX.
+            features: Features of the items, shape `(items, num_features)`, torch or JAX; for a `LoRANetwork` their
+                token sequences as `network.collate` returns them.
             groups: Rows of feedback that index them, from `data.groups()`.
 
         Returns:
             The rewards of the items, shape `(items,)`.
         """
+        if isinstance(self.reward, LoRANetwork):
+            if not isinstance(features, Mapping):
+                raise ArgumentError("`features` must be token sequences as `LoRANetwork.collate` returns them")
+            return self._run_network(self.reward, features, groups)
+        if isinstance(self.reward, LoRA):
+            raise ArgumentError(
+                "a LoRA reward holds settings alone; run `dataclasses.replace(model, reward=model.reward.load())`"
+            )
+        if isinstance(features, Mapping):
+            raise ArgumentError("`features` is a mapping; a head takes an array of shape (items, num_features)")
         with following(features):
             parameters = {}
-            for site, shape in self.reward.parameter_shapes(features.shape[-1]).items():
+            for site, shape in self.head.parameter_shapes(features.shape[-1]).items():
                 prior = dist.Normal(0.0, self.prior.of(site) ** -0.5).expand(shape).to_event(len(shape))
                 parameters[site] = sample(f"reward.{site}", prior)
-            rewards = self.reward.apply(parameters, features)
+            rewards = self.head.apply(parameters, features)
             self.observe(rewards, [g.map_arrays(lambda a: convert(a, features)) for g in groups])
+        return rewards
+
+    def _run_network(
+        self, network: LoRANetwork, batch: Mapping[str, Tensor], groups: Sequence[FeedbackGroup]
+    ) -> Tensor:
+        with following(network.theta()):
+            parameters = {}
+            for site, center in network.initial.items():
+                prior = dist.Normal(center, self.prior.of(site) ** -0.5).to_event(center.dim())
+                parameters[site] = sample(f"reward.{site}", prior)
+        rewards = network.apply_parameters(parameters, batch)
+        self.observe(rewards, [g.map_arrays(lambda a: convert(a, rewards)) for g in groups])
         return rewards
 
     def observe(self, rewards: Array, groups: Sequence[FeedbackGroup]) -> None:
@@ -138,14 +175,15 @@ class RewardModel:
         Raises:
             DataError: The data have no features and the reward function has no extractor.
         """
+        head = self.head
         if data.features is not None:
             return torch.as_tensor(np.asarray(data.features))
-        if self.reward.features is None:
+        if head.features is None:
             raise DataError(
                 "the data carry no features and the reward function has no feature extractor; "
                 "pass `features=FeatureExtractor(...)` to the head or use `data.with_features(array)`"
             )
-        return torch.as_tensor(self.reward.features.extract_items(data, progress=progress))
+        return torch.as_tensor(head.features.extract_items(data, progress=progress))
 
     def standardisation(self, features: Tensor, groups: Sequence[FeedbackGroup]) -> tuple[Tensor, Tensor]:
         """What the head subtracts from features and then divides them by, each of shape `(num_features,)`.
@@ -156,7 +194,7 @@ class RewardModel:
             features: Features of the items, shape `(items, num_features)`.
             groups: The rows; items of rows with weight 0 do not count.
         """
-        if not self.reward.standardize:
+        if not self.head.standardize:
             return features.new_zeros(features.shape[1]), features.new_ones(features.shape[1])
         used = features[torch.unique(torch.cat([g.items[g.weight > 0].reshape(-1) for g in groups]))]
         std = used.std(0, correction=0)
@@ -187,7 +225,7 @@ class RewardModel:
         groups = [g.map_arrays(lambda a: convert(a, features)) for g in data.groups()]
         center, spread = self.standardisation(features, groups)
         features = (features - center) / spread
-        shapes = self.reward.parameter_shapes(features.shape[-1])
+        shapes = self.head.parameter_shapes(features.shape[-1])
         for name in parameters or {}:
             if name not in shapes:
                 raise ArgumentError(f"`parameters` names '{name}'; the reward function has {sorted(shapes)}")
@@ -197,7 +235,7 @@ class RewardModel:
                 site: given[site] if site in given else torch.randn(shape).double() * self.prior.of(site) ** -0.5
                 for site, shape in shapes.items()
             }
-            rewards = self.reward.apply(truth, features)
+            rewards = self.head.apply(truth, features)
             recorder = PriorRecorder({k: torch.as_tensor(v).double() for k, v in (latents or {}).items()})
             with recorder:
                 distributions = self.feedback([rewards[g.items] for g in groups], [g.comparison for g in groups])

@@ -3,7 +3,22 @@
 from .features import FeatureExtractor, Pooling, TextInput
 from .heads import Head
 from .linear import Linear
+from .lora import LoRA
+from .lora_network import LoRANetwork
 from .mlp import MLP, Activation
+from .tangent import Tangent
 from .text_head import text_head
 
-__all__ = ["MLP", "Activation", "FeatureExtractor", "Head", "Linear", "Pooling", "TextInput", "text_head"]
+__all__ = [
+    "MLP",
+    "Activation",
+    "FeatureExtractor",
+    "Head",
+    "Linear",
+    "LoRA",
+    "LoRANetwork",
+    "Pooling",
+    "Tangent",
+    "TextInput",
+    "text_head",
+]

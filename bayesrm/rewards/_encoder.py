@@ -66,7 +66,7 @@ class Encoder:
     def config(self) -> Any:
         from transformers import AutoConfig
 
-        config = self._load(AutoConfig, "settings (config.json)")
+        config = self.load(AutoConfig, "settings (config.json)")
         whole = config if hasattr(config, "hidden_size") else config.get_text_config()
         count = whole.num_hidden_layers + 1
         if not -count <= self.layer < count:
@@ -85,10 +85,10 @@ class Encoder:
     @cached_property
     def source(self) -> tuple[str, str, dict[str, tuple[int, int]]]:
         """Readable name of the model, what identifies its weights, and the state of its files."""
-        if self._folder is not None:
+        if self.folder is not None:
             # Listed first: a change while the contents are read then shows at loading.
-            files = model_files(self._folder)
-            return self._folder.resolve().name, model_digest(self._folder), files
+            files = model_files(self.folder)
+            return self.folder.resolve().name, model_digest(self.folder), files
         commit = getattr(self.config, "_commit_hash", None) or self.revision
         return self.model.replace("/", "--"), f"{self.model}@{commit}", {}
 
@@ -96,7 +96,7 @@ class Encoder:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return self._load(AutoTokenizer, "tokenizer")
+        return self.load(AutoTokenizer, "tokenizer")
 
     @cached_property
     def network(self) -> Any:
@@ -104,9 +104,9 @@ class Encoder:
 
         files = self.source[2] if self.watch_files else None
         # New layers that a checkpoint lacks are drawn at random while loading.
-        with torch.random.fork_rng(devices=[]), _quiet_loading():
-            network, info = self._load(AutoModel, "weights", output_loading_info=True)
-        if files is not None and self._folder is not None and model_files(self._folder) != files:
+        with torch.random.fork_rng(devices=[]), quiet_loading():
+            network, info = self.load(AutoModel, "weights", output_loading_info=True)
+        if files is not None and self.folder is not None and model_files(self.folder) != files:
             raise PersistenceError(
                 f"`model` {self.model!r}: its files changed while in use; make a new FeatureExtractor"
             )
@@ -125,7 +125,7 @@ class Encoder:
         return network.to(device=device, dtype=getattr(torch, self.dtype)).eval()
 
     @cached_property
-    def _folder(self) -> Path | None:
+    def folder(self) -> Path | None:
         """The folder of a local model, `None` for one on the hub."""
         folder = Path(self.model).expanduser()
         if folder.is_dir():
@@ -142,15 +142,16 @@ class Encoder:
             )
         return None
 
-    def _load(self, loader: Any, what: str, **arguments: Any) -> Any:
-        where = str(self._folder or self.model)
+    def load(self, loader: Any, what: str, **arguments: Any) -> Any:
+        """Calls `loader.from_pretrained` on the model, with errors that say what could not be loaded."""
+        where = str(self.folder or self.model)
         arguments |= {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         try:
             return loader.from_pretrained(where, **arguments)
         except Exception as error:
             hint = (
                 "the folder must hold a model and a tokenizer as `save_pretrained` writes them"
-                if self._folder
+                if self.folder
                 else "pass a local folder, or check the name and the connection (HF_HUB_OFFLINE=1 allows only what was "
                 "downloaded before)"
             )
@@ -159,14 +160,16 @@ class Encoder:
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keeps the progress bars of `transformers` off while weights load, and leaves the setting as it was."""
+def quiet_loading() -> Iterator[None]:
+    """Keeps progress bars and reports of `transformers` off while weights load, then restores its settings."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

@@ -36,13 +36,18 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class SequencePlanner:
-    """Tokenizes texts for an encoder; the settings are those of `FeatureExtractor`."""
+    """Tokenizes texts for an encoder; the settings are those of `FeatureExtractor`.
+
+    Args:
+        closing: Tokens that end every sequence of a tokenizer that ends none by itself.
+    """
 
     encoder: Encoder
     _: dataclasses.KW_ONLY
     kinds: Sequence[SequenceKind]
     max_length: int
     on_long: str
+    closing: tuple[int, ...] = ()
 
     def plan(self, items: range, pairs: list[tuple[Content, Content]]) -> Chunk:
         """Finds the distinct token sequences of some items."""
@@ -130,7 +135,7 @@ class SequencePlanner:
                 whole = tokenizer(probe)["input_ids"]
                 for start in range(len(whole) - len(body) + 1):
                     if whole[start : start + len(body)] == body:
-                        return list(whole[:start]), list(whole[start + len(body) :])
+                        return list(whole[:start]), list(whole[start + len(body) :]) or list(self.closing)
                 break
         raise ArgumentError(
             f"`model` {self.encoder.model!r}: its tokenizer changes the tokens of a text when it adds special ones; "

@@ -1,12 +1,30 @@
 """What a head is: a pure function from parameters and features to rewards, the same under both backends."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from .._typing import Array, Tensor
+from ..data.comparisons import Comparisons
+from ..data.rendering import Content
 from .features import FeatureExtractor
+
+
+@runtime_checkable
+class Extractor(Protocol):
+    """Turns items into features; `FeatureExtractor`, or a tangent, which is its own."""
+
+    def extract(
+        self, prompts: Sequence[Content], responses: Sequence[Content], *, progress: bool = False
+    ) -> np.ndarray:
+        """Features of prompts and responses, shape `(items, num_features)`."""
+        ...
+
+    def extract_items(self, data: Comparisons, *, progress: bool = False) -> np.ndarray:
+        """Features of the items of comparisons, shape `(items, num_features)`."""
+        ...
 
 
 @runtime_checkable
@@ -21,7 +39,7 @@ class Head(Protocol):
     """
 
     @property
-    def features(self) -> FeatureExtractor | None:
+    def features(self) -> Extractor | None:
         """Turns texts into features; `None` when the data bring their own."""
         ...
 
@@ -58,5 +76,5 @@ def unflatten(vector: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
 def head_config(head: Head) -> dict[str, Any]:
     """Settings of a shipped head as JSON values."""
     settings = {k: v for k, v in vars(head).items() if k != "features"}
-    extractor = None if head.features is None else head.features.to_config()
+    extractor = head.features.to_config() if isinstance(head.features, FeatureExtractor) else None
     return {"type": type(head).__name__, "settings": settings, "features": extractor}

@@ -33,14 +33,32 @@ def test_every_program_fits_saves_and_predicts(program, encoder, write, decided,
     assert main(["fit", program, "map", data, "-o", str(run), *flags]) == 0
     record = json.loads(capsys.readouterr().out)
     posterior = brm.Posterior.from_pretrained(run)
-    assert record["report"]["converged"] is True
+    # Adapters are trained for a fixed number of steps, to no mode.
+    assert record["report"]["converged"] is (program != "lora_bradley_terry")
     assert set(record["latents"]) == set(posterior.latents(2))
     assert main(["predict", str(run), data, "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert metrics["nll"]["low"] <= metrics["nll"]["value"] <= metrics["nll"]["high"]
 
 
-@pytest.mark.parametrize("engine", names("inference"))
+@pytest.mark.parametrize("engine", [name for name in names("inference") if name.startswith("laplace_")])
+def test_every_laplace_engine_serves_adapters(engine, encoder, pairs, tmp_path, capsys):
+    flags = ["--program.encoder", encoder, "--program.lora_rank", "2", "--engine.prior_precision", "given"]
+    flags += ["--engine.max_steps", "3", "--engine.learning_rate", "1e-2", "--json"]
+    assert main(["fit", "davidson", engine, pairs, "-o", str(tmp_path / "run"), *flags]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["report"]["training"]["steps"] == 3
+    training = brm.Training(max_steps=3, learning_rate=1e-2)
+    settings = brm.Laplace(structure=engine.removeprefix("laplace_"), training=training)
+    model = brm.RewardModel(brm.rewards.LoRA(encoder, rank=2), brm.likelihoods.Davidson())
+    direct = brm.fit(model, brm.Comparisons.load(pairs), inference=settings)
+    saved = brm.Posterior.from_pretrained(tmp_path / "run")
+    a, b = (p.predict(["q1 ?"], [["clear kind", "rude"]]) for p in (saved, direct))
+    torch.testing.assert_close(a.mean, b.mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(a.covariance, b.covariance, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["laplace_full", "laplace_diag", "map"])
 def test_every_engine_saves_what_the_library_fits(engine, encoder, pairs, tmp_path, capsys):
     flags = ["--program.encoder", encoder, "--engine.prior_precision", "given", "--program.precision", "0.5"]
     assert main(["fit", "davidson", engine, pairs, "-o", str(tmp_path / "run"), *flags]) == 0

@@ -358,8 +358,11 @@ def test_diag_is_exact_for_orthogonal_features_and_reported_when_wrong():
 
 
 def test_settings_are_checked():
-    with pytest.raises(brm.errors.ArgumentError, match=r"`structure` is 'kron'; it is one of \['full', 'diag'\]"):
-        brm.Laplace(structure="kron")
+    with pytest.raises(brm.errors.ArgumentError, match=r"`structure` is 'magic'; it is one of \['full', 'sketch', "):
+        brm.Laplace(structure="magic")
+    for setting in ({"precision_groups": "word"}, {"sketch_rank": 0}, {"jacobian_batch_size": True}):
+        with pytest.raises(brm.errors.ArgumentError, match=f"`{next(iter(setting))}`"):
+            brm.Laplace(**setting)
     with pytest.raises(brm.errors.ArgumentError, match="diagonal in the parameters"):
         brm.Laplace(structure="diag", coordinates="dual")
     model = brm.RewardModel(brm.rewards.Linear(), L.BradleyTerry())

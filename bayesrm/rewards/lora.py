@@ -1,0 +1,126 @@
+"""A language model as reward function: low-rank adapters and a scalar head on frozen weights."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError
+from ._checks import check_choice, check_device, check_integer
+
+if TYPE_CHECKING:
+    from .lora_network import LoRANetwork
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """r(x, y) = head(language model with low-rank adapters)(prompt and response in one sequence).
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2106.09685, through peft; any model that
+    `transformers.AutoModelForSequenceClassification` loads: encoders, decoders, encoder-decoders. The prior is centred
+    at the initialisation: adapters that change nothing, and a new head at zero, so that all rewards are zero there. A
+    head that the checkpoint brings along is kept and centred where it is.
+
+    The object holds settings only; `load` makes the network. Sequences are built as by `FeatureExtractor` (chat
+    template for messages, special tokens once, the start of the prompt cut first); those of a model whose tokenizer
+    ends none by itself are closed by the end-of-sequence token, where decoders read the reward, so that padding on
+    either side gives the same reward.
+
+    Attributes:
+        model: Folder of a model, or its id on the Hugging Face hub.
+        rank: Rank of the adapters.
+        alpha: Adapters are multiplied by `alpha / rank`.
+        dropout: Dropout on the input of the adapters while training.
+        target_modules: Names (endings) of the modules that get adapters, or "all-linear"; by default what peft knows
+            for the architecture (query and value projections for most).
+        adapter: Folder of an adapter that peft has saved, from which to start: an already trained reward model. Its
+            rank and targets replace the settings here. The prior is then centred at its A matrices, with B and new
+            heads at 0.
+        max_length: Most tokens of a sequence, special ones included; lowered to what the model can read.
+        on_long: `"shorten"` cuts the start of the prompt, then the end of the response; `"raise"` refuses.
+        revision: Branch, tag or commit on the hub.
+        base_dropout: Keep the dropout that the model's configuration asks for while training.
+        gradient_checkpointing: Recompute activations in backward passes, for memory.
+        attention: Implementation of attention (`"sdpa"`, `"eager"`, ...); by default the model's.
+        padding_side: Side on which shorter sequences are padded.
+        device: Where the network lives; by default a GPU if there is one.
+        dtype: Number format of the frozen weights; adapters, head and all curvature are in float32 (or float64).
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        ArgumentError: A setting has a value that cannot be used. Whether the model exists shows in `load`.
+
+    Example:
+        >>> LoRA("any/model", rank=4).rank
+        4
+    """
+
+    model: str
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] | None = None
+    adapter: str | None = None
+    max_length: int = 512
+    on_long: str = "shorten"
+    revision: str | None = None
+    base_dropout: bool = False
+    gradient_checkpointing: bool = False
+    attention: str | None = None
+    padding_side: str = "right"
+    device: str | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str | os.PathLike) or not str(self.model):
+            raise ArgumentError(f"`model` must be a folder or the id of a model, got {self.model!r}")
+        check_integer("rank", self.rank, 1)
+        check_integer("max_length", self.max_length, 1)
+        if not self.alpha > 0:
+            raise ArgumentError(f"`alpha` is {self.alpha}; it is a positive number")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ArgumentError(f"`dropout` is {self.dropout}; it is a probability below 1")
+        check_choice("on_long", self.on_long, ("shorten", "raise"))
+        check_choice("padding_side", self.padding_side, ("right", "left"))
+        check_choice("dtype", self.dtype, _DTYPES)
+        check_device(self.device)
+        targets = self.target_modules
+        if targets is not None and not isinstance(targets, str):
+            if not isinstance(targets, Sequence) or not targets or not all(isinstance(t, str) for t in targets):
+                raise ArgumentError(f"`target_modules` is {targets!r}; give names of modules, or 'all-linear'")
+            targets = tuple(targets)
+        settled = {
+            "model": os.fspath(self.model),
+            "adapter": None if self.adapter is None else os.fspath(self.adapter),
+            "target_modules": targets,
+            "device": None if self.device is None else str(self.device),
+        }
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    def load(self, seed: int = 0) -> "LoRANetwork":
+        """The network at its initialisation.
+
+        Args:
+            seed: Seed of what is drawn at random in it: the A matrices of new adapters.
+
+        Raises:
+            ArgumentError: The model, its tokenizer or the adapter cannot be loaded, or have no use here; the message
+                says why.
+        """
+        from .lora_network import LoRANetwork
+
+        return LoRANetwork(self, seed=seed)
+
+    def to_config(self) -> dict[str, Any]:
+        """Settings as JSON values, for `from_config`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "LoRA":
+        """The settings that `to_config` described."""
+        targets = config["target_modules"]
+        return cls(**(dict(config) | {"target_modules": tuple(targets) if isinstance(targets, list) else targets}))

@@ -1,0 +1,234 @@
+"""A loaded LoRA reward model: a torch module from token sequences to rewards, and its parameters by site."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from .._typing import Tensor
+from ..data.comparisons import Comparisons
+from ..data.rendering import Content
+from ..errors import ArgumentError, DataError
+from ._checks import check_columns, check_item
+from ._lora_loading import accepts, encoder_of, final_layer, load_classifier, with_adapters
+from ._sequences import SequencePlanner
+from .lora import LoRA
+
+#: Items whose texts are in memory at one time while they are tokenized.
+_CHUNK = 4096
+
+
+class LoRANetwork(torch.nn.Module):
+    """The network of a `LoRA` reward function; made by `LoRA.load`.
+
+    Attributes:
+        settings: The settings it was loaded from.
+        model: The peft model: frozen weights, adapters and head. Weights move with training; everything here follows.
+        initial: Prior mean of each parameter site.
+    """
+
+    def __init__(self, settings: LoRA, *, seed: int = 0) -> None:
+        super().__init__()
+        self.settings = settings
+        self._encoder = encoder_of(settings)
+        base, trained_whole, _ = load_classifier(settings, self._encoder, seed)
+        self._two_parts = bool(getattr(base.config, "is_encoder_decoder", False))
+        self._positions = accepts(base, "position_ids")
+        self._settle_padding(base)
+        heads = [name for name in trained_whole if "." not in name]
+        self._final = final_layer(base, heads)
+        self.model = with_adapters(settings, base, trained_whole, seed)
+        self._settle_precision()
+        if settings.gradient_checkpointing:
+            _checkpoint_activations(self.model)
+        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(device)
+        self.eval()
+        self.initial = {name: self._center(name, p) for name, p in self.sites.items()}
+
+    def _settle_padding(self, base: Any) -> None:
+        tokenizer, config = self._encoder.tokenizer, base.config
+        eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        reads_last = self._two_parts or not (getattr(tokenizer, "cls_token_id", None) is not None)
+        if reads_last and eos is None:
+            raise ArgumentError(
+                f"`model` {self.settings.model!r}: its tokenizer has no end-of-sequence token, where the reward is "
+                "read; set `eos_token` in its tokenizer_config.json"
+            )
+        if self.settings.padding_side == "left" and (self._two_parts or not reads_last):
+            raise ArgumentError(
+                f"`padding_side` is 'left'; {type(base).__name__} is no decoder and is padded on the right"
+            )
+        # Decoders take the last token that is not padding: a padding token that ends a sequence would be passed over.
+        # Attention never sees padding, so that any other token serves.
+        if pad is None or pad == eos:
+            others = (tokenizer.unk_token_id, 0, 1)
+            pad = next(token for token in others if token is not None and token != eos)
+        self._pad = int(pad)
+        for part in (config, config.get_text_config()):
+            part.pad_token_id = self._pad
+            part.use_cache = False
+        if self._two_parts and config.eos_token_id is None:
+            config.eos_token_id = eos
+        self._eos = eos
+        self._planner = SequencePlanner(
+            self._encoder, kinds=("joint",), max_length=self.settings.max_length, on_long=self.settings.on_long,
+            closing=(int(eos),) if reads_last else (),
+        )  # fmt: skip
+
+    def _settle_precision(self) -> None:
+        """Trains and differentiates in float32 at least; the frozen weights stay as they are."""
+        wanted = torch.float64 if self.settings.dtype == "float64" else torch.float32
+        for module in self.model.modules():
+            if type(module).__name__ == "ModulesToSaveWrapper":
+                module.modules_to_save.to(wanted)
+                module.register_forward_pre_hook(_caster(wanted))
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(wanted)
+
+    def _center(self, site: str, parameter: Tensor) -> Tensor:
+        value = parameter.detach().clone()
+        fresh = self.settings.adapter is not None and (
+            site.endswith(".lora_B") or site.rsplit(".", 1)[0] == self._final
+        )
+        return torch.zeros_like(value) if fresh else value
+
+    @cached_property
+    def sites(self) -> dict[str, torch.nn.Parameter]:
+        """Trainable parameters by site name, in the order of the flat vector `theta`."""
+        return {_site(name): p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(iter(self.sites.values())).device
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable parameters, P."""
+        return sum(p.numel() for p in self.sites.values())
+
+    @property
+    def last_layer_sites(self) -> tuple[str, ...]:
+        """Sites of the linear layer that returns the reward."""
+        return tuple(site for site in self.sites if site.rsplit(".", 1)[0] == self._final)
+
+    def theta(self) -> Tensor:
+        """All trainable parameters in one vector, shape `(P,)`, a copy."""
+        return torch.cat([p.detach().reshape(-1) for p in self.sites.values()])
+
+    def set_theta(self, vector: Tensor) -> None:
+        """Writes a vector of shape `(P,)` into the trainable parameters."""
+        if vector.shape != (self.num_parameters,):
+            raise ArgumentError(
+                f"`vector` has shape {tuple(vector.shape)}; the network has {self.num_parameters} parameters"
+            )
+        with torch.no_grad():
+            for part, p in zip(
+                vector.split([p.numel() for p in self.sites.values()]), self.sites.values(), strict=True
+            ):
+                p.copy_(part.reshape(p.shape))
+
+    def initial_theta(self) -> Tensor:
+        """Prior mean of all trainable parameters, shape `(P,)`."""
+        return torch.cat([value.reshape(-1) for value in self.initial.values()])
+
+    def tokenize(self, prompts: Sequence[Content], responses: Sequence[Content], *, start: int = 0) -> list[np.ndarray]:
+        """Token sequences of items, int64, special tokens included.
+
+        Args:
+            prompts: One for each item: a string (may be empty) or messages.
+            responses: One for each item: a string or messages, not empty.
+            start: Position of the first item, for error messages.
+
+        Raises:
+            DataError: A text cannot be used; the message names the item.
+        """
+        check_columns(prompts, responses)
+        pairs = list(zip(prompts, responses, strict=True))
+        for item, (prompt, response) in enumerate(pairs, start):
+            check_item(item, prompt, response)
+        sequences = []
+        for begin in range(0, len(pairs), _CHUNK):
+            part = pairs[begin : begin + _CHUNK]
+            chunk = self._planner.plan(range(start + begin, start + begin + len(part)), part)
+            sequences += [chunk.sequences[i] for i in chunk.uses["joint"]]
+        if self._two_parts:
+            for item, sequence in enumerate(sequences, start):
+                count = int((sequence == self._eos).sum())
+                if count != 1:
+                    raise DataError(
+                        f"item {item}: the text holds {count - 1} end-of-sequence tokens of its own, which this model "
+                        "would read as its end; remove them"
+                    )
+        return sequences
+
+    def tokenize_items(self, data: Comparisons) -> list[np.ndarray]:
+        """Token sequences of the unique items of comparisons; texts are read in chunks."""
+        sequences: list[np.ndarray] = []
+        for begin in range(0, data.num_items, _CHUNK):
+            texts = [data.text(i) for i in range(begin, min(begin + _CHUNK, data.num_items))]
+            sequences += self.tokenize([p for p, _ in texts], [r for _, r in texts], start=begin)
+        return sequences
+
+    def collate(self, sequences: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """One padded batch on the network's device: what `forward` takes."""
+        longest = max(map(len, sequences))
+        ids = torch.full((len(sequences), longest), self._pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        left = self.settings.padding_side == "left"
+        for row, sequence in enumerate(sequences):
+            place = slice(longest - len(sequence), None) if left else slice(len(sequence))
+            ids[row, place] = torch.from_numpy(sequence)
+            mask[row, place] = 1
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if left and self._positions:
+            batch["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Rewards of a collated batch, shape `(n,)`."""
+        logits = self.model(**batch).logits.reshape(-1)
+        result: Tensor = logits if logits.dtype == torch.float64 else logits.float()
+        return result
+
+    def parameter_shapes(self, num_features: int = 0) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter site; token batches have no number of features."""
+        return {site: tuple(p.shape) for site, p in self.sites.items()}
+
+    def apply_parameters(self, parameters: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Float[Tensor, "n"]:
+        """Rewards of a collated batch under other parameters, shape `(n,)`; differentiable in them."""
+        values = {
+            f"model.{name}": parameters[_site(name)] for name, p in self.model.named_parameters() if p.requires_grad
+        }
+        result: Tensor = torch.func.functional_call(self, values, kwargs=dict(batch))
+        return result
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes adapters and head in peft's format, to be loaded with `peft.PeftModel.from_pretrained`."""
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def _site(name: str) -> str:
+    """Turns `base_model.model.a.lora_A.default.weight` into `a.lora_A`, a head's name likewise."""
+    name = name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
+    return re.sub(r"\.(lora_\w+)\.default(\.weight)?$", r".\1", name)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    # transformers 5 renamed the method; the old name warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _caster(dtype: torch.dtype) -> Any:
+    def cast(module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments)
+
+    return cast
