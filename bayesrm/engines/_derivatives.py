@@ -9,10 +9,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 from tqdm import tqdm
 
@@ -53,7 +56,7 @@ class Derivatives:
         progress: bool = False,
     ) -> None:
         self.network, self.sites, self.sequences, self.prompt = network, list(sites), sequences, prompt
-        self._batch_size, self._progress = batch_size, progress
+        self._batch_size, self._progress, self._folder = batch_size, progress, folder
         first = network.sites[self.sites[0]]
         self.dtype = first.dtype
         self.columns = sum(network.sites[site].numel() for site in self.sites)
@@ -115,12 +118,43 @@ class Derivatives:
             rewards[part], rows[part] = found.to(self.dtype), block
         return rewards, rows
 
-    def prompt_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(items, derivatives) of whole prompts at a time, shapes `(n,)` and `(n, P)`; computed where not kept."""
+    def accumulate(self, name: str, state: Mapping[str, Tensor], update: Callable[[Tensor, Tensor], None]) -> None:
+        """Calls `update(items, derivatives)` for this process's blocks of whole prompts; it adds to `state` in place.
+
+        Where derivatives are computed again and a folder is known, `state` is saved there on the way, as often as costs
+        a few percent of the time, and a run that died goes on from what was saved last.
+
+        Args:
+            name: What is summed, and with which settings: what was saved under another name is of no use.
+            state: Tensors that `update` adds to.
+            update: Adds a block.
+        """
+        saved = None
+        if self.jacobian is None and self._folder is not None:
+            rank = Processes.current(self.network.device).index
+            file = self._folder / f"{name.replace(' ', '-')}.{rank}.safetensors"
+            saved = _PassFile(file, f"{self._identity()} {name}")
+        state = dict(state) | {"rewards of items": self.rewards}
+        skip = 0 if saved is None else saved.load(state)
+        done = skip
+        for items, rows in self.prompt_blocks(skip):
+            update(items, rows)
+            done += 1
+            if saved is not None and saved.due():
+                saved.save(state, done)
+        if saved is not None and done > skip:
+            saved.save(state, done)
+
+    def prompt_blocks(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(items, derivatives) of whole prompts at a time, shapes `(n,)` and `(n, P)`; computed where not kept.
+
+        Args:
+            skip: Blocks of this process to leave out at the start.
+        """
         order = torch.argsort(self.prompt, stable=True)
         _, counts = torch.unique_consecutive(self.prompt[order], return_counts=True)
         processes = Processes.current(self.network.device)
-        start, run, number = 0, 0, 0
+        start, run = 0, 0
         pieces = []
         for count in [*counts.tolist(), 0]:
             if run and (run + count > BLOCK or not count):
@@ -130,7 +164,7 @@ class Derivatives:
         with tqdm(total=len(pieces), unit="block", disable=not self._progress or self.jacobian is not None) as bar:
             for number, items in enumerate(pieces):
                 bar.update()
-                if number % processes.count != processes.index:
+                if number % processes.count != processes.index or number // processes.count < skip:
                     continue
                 if self.jacobian is not None:
                     yield items, self.jacobian[items].to(self.network.device)
@@ -153,6 +187,48 @@ class Derivatives:
                     block -= self.jacobian[against, start:stop].double()
                 yield start, stop, block
                 start = stop
+
+
+class _PassFile:
+    """The sums of an unfinished pass, on disk."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self._path, self._identity = path, identity
+        self._cost, self._last = 0.0, time.monotonic()
+
+    def load(self, state: Mapping[str, Tensor]) -> int:
+        """Puts what was saved into `state` and returns the number of blocks it holds, 0 for nothing of use."""
+        if not self._path.exists():
+            return 0
+        try:
+            with safetensors.safe_open(self._path, "pt") as file:
+                found = file.metadata() or {}
+                if found.get("identity") != self._identity:
+                    return 0
+                for name, tensor in state.items():
+                    tensor.copy_(file.get_tensor(name))
+                return int(found["blocks"])
+        except (OSError, safetensors.SafetensorError) as error:
+            raise PersistenceError(
+                f"{self._path} cannot be read ({error}); delete it to begin the pass again"
+            ) from error
+
+    def due(self) -> bool:
+        """Whether so long has passed since the last time that saving costs a few percent at most."""
+        return time.monotonic() - self._last >= 20.0 * self._cost
+
+    def save(self, state: Mapping[str, Tensor], blocks: int) -> None:
+        """Saves what holds so many blocks."""
+        begin = time.monotonic()
+        draft = self._path.with_suffix(".draft")
+        try:
+            metadata = {"identity": self._identity, "blocks": str(blocks)}
+            safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in state.items()}, draft, metadata=metadata)
+            os.replace(draft, self._path)
+        except OSError as error:
+            raise PersistenceError(f"cannot write {self._path}: {error}") from error
+        self._last = time.monotonic()
+        self._cost = self._last - begin
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Leading directions, on either side of every weight matrix, of the derivatives of whole comparisons."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -48,45 +48,46 @@ class _Side:
         return found
 
 
-def leading_directions(
-    shapes: Sequence[tuple[int, ...]],
-    differences: Iterator[Tensor],
-    rank: int,
-    *,
-    processes: Processes,
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int,
-) -> Sketch:
-    """The sketch of weight matrices with the given shapes.
+class LeadingDirections:
+    """Sums from which the sketch of weight matrices comes.
 
     A side no longer than `rank` is kept whole; the other side of a matrix with one row gets up to `rank**2` directions,
     as many as a larger matrix has in all.
 
     Args:
         shapes: Shapes of the parameter sites, in order; a vector counts as a matrix with one row.
-        differences: Derivatives of comparisons, shape `(n, P)` each, of this process.
         rank: Directions on each side.
-        processes: Processes to sum over.
         device: Where the derivatives are.
-        dtype: Number format of the result.
         seed: Seed of the random test vectors of long sides.
     """
-    generator = torch.Generator().manual_seed(seed)
-    matrices = [shape if len(shape) == 2 else (1, int(torch.Size(shape).numel())) for shape in shapes]
-    sides = []
-    for m, n in matrices:
-        ranks = (rank**2 if n == 1 else rank), (rank**2 if m == 1 else rank)
-        sides.append((_Side(m, ranks[0], generator, device), _Side(n, ranks[1], generator, device)))
-    sizes = [m * n for m, n in matrices]
-    for block in differences:
-        for part, (m, n), (left, right) in zip(block.split(sizes, dim=1), matrices, sides, strict=True):
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], rank: int, *, device: torch.device, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._matrices = [shape if len(shape) == 2 else (1, int(torch.Size(shape).numel())) for shape in shapes]
+        self._sides = []
+        for m, n in self._matrices:
+            ranks = (rank**2 if n == 1 else rank), (rank**2 if m == 1 else rank)
+            self._sides.append((_Side(m, ranks[0], generator, device), _Side(n, ranks[1], generator, device)))
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The sums, by name."""
+        return {f"{i}.{kind}": s.sum for i, p in enumerate(self._sides) for kind, s in zip("uv", p, strict=True)}
+
+    def add(self, block: Tensor) -> None:
+        """Adds derivatives of comparisons, shape `(n, P)`."""
+        sizes = [m * n for m, n in self._matrices]
+        for part, (m, n), (left, right) in zip(block.split(sizes, dim=1), self._matrices, self._sides, strict=True):
             stack = part.reshape(-1, m, n)
             if left.rank < m:
                 left.add(stack.transpose(1, 2).reshape(-1, m))
             if right.rank < n:
                 right.add(stack.reshape(-1, n))
-    for pair in sides:
-        for side in pair:
-            side.sum = processes.total(side.sum)
-    return Sketch([u.directions().to(dtype) for u, _ in sides], [v.directions().to(dtype) for _, v in sides])
+
+    def sketch(self, processes: Processes, dtype: torch.dtype) -> Sketch:
+        """The sketch, from the sums of all processes."""
+        for pair in self._sides:
+            for side in pair:
+                side.sum = processes.total(side.sum)
+        left, right = zip(*((u.directions().to(dtype), v.directions().to(dtype)) for u, v in self._sides), strict=True)
+        return Sketch(left, right)

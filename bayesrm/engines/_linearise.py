@@ -2,18 +2,18 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from .._typing import Tensor
 from ..data.groups import FeedbackGroup
 from ..priors import Gaussian
-from ..rewards._subspaces import RowSpace, Subspace, WholeSpace
+from ..rewards._subspaces import RowSpace, Sketch, Subspace
 from ._curvature import CurvatureKind
 from ._density import FeedbackDensity
 from ._derivatives import Derivatives
-from ._directions import leading_directions
+from ._directions import LeadingDirections
 from ._group_evidence import tune_groups
 from ._grouped_design import ColumnGroups, GramGroups
 from ._processes import Processes
@@ -65,23 +65,16 @@ class Contrasts:
         """`values` of all items, relative as the contrasts are, for the items that are left."""
         return values[self.items] if self.against is None else values[self.items] - values[self.against]
 
-    def blocks(self, derivatives: Derivatives) -> Iterator[tuple[Tensor, Tensor]]:
-        """(places, relative derivatives) of whole prompts at a time."""
-        place = torch.full((len(derivatives.sequences),), -1)
-        place[self.items] = torch.arange(len(self.items))
-        reference = torch.full_like(place, -1)
+    def differences(self, items: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(places, relative derivatives) among the derivatives `(n, P)` of all items of some prompts."""
+        where = torch.searchsorted(self.items, items).clamp_max(max(len(self.items) - 1, 0))
+        mine = (self.items[where] == items).nonzero()[:, 0] if len(self.items) else where[:0]
+        block = rows[mine.to(rows.device)]
         if self.against is not None:
-            reference[self.items] = self.against
-        for items, rows in derivatives.prompt_blocks():
-            mine = (place[items] >= 0).nonzero()[:, 0]
-            if not len(mine):
-                continue
-            block = rows[mine.to(rows.device)]
-            if self.against is not None:
-                where = {int(item): i for i, item in enumerate(items)}
-                others = torch.tensor([where[int(reference[items[i]])] for i in mine])
-                block = block - rows[others.to(rows.device)]
-            yield place[items[mine]], block
+            order = torch.argsort(items)
+            others = order[torch.searchsorted(items[order], self.against[where[mine]])]
+            block = block - rows[others.to(rows.device)]
+        return where[mine], block
 
 
 def _renumbered(groups: Sequence[FeedbackGroup], place: Tensor) -> list[FeedbackGroup]:
@@ -226,17 +219,25 @@ def linearise_in(
     processes = Processes.current(derivatives.network.device)
     if isinstance(subspace, int):
         shapes = [tuple(derivatives.network.sites[site].shape) for site in derivatives.sites]
-        subspace = leading_directions(
-            shapes, (block for _, block in contrasts.blocks(derivatives)), subspace, processes=processes,
-            device=derivatives.network.device, dtype=derivatives.dtype, seed=settings.seed,
-        )  # fmt: skip
+        sums = LeadingDirections(shapes, subspace, device=derivatives.network.device, seed=settings.seed)
+        derivatives.accumulate(
+            f"directions {subspace}", sums.state, lambda items, rows: sums.add(contrasts.differences(items, rows)[1])
+        )
+        name = f"coordinates {subspace}"
+        space: Subspace = sums.sketch(processes, derivatives.dtype)
+    else:
+        name, space = "coordinates", subspace
     n = len(contrasts.items)
-    design = torch.zeros(n, subspace.size, dtype=torch.float64)
+    design = torch.zeros(n, space.size, dtype=torch.float64)
     moved = torch.zeros(n, dtype=torch.float64)
-    for places, block in contrasts.blocks(derivatives):
+
+    def locate(items: Tensor, rows: Tensor) -> None:
+        places, block = contrasts.differences(items, rows)
         moved[places] = (block @ shift.to(block)).double().cpu()
         # The prior's deviation is one number a site, so that directions found before and after scaling agree.
-        design[places] = subspace.coordinates(block).double().cpu()
+        design[places] = space.coordinates(block).double().cpu()
+
+    derivatives.accumulate(name, {"design": design, "moved": moved}, locate)
     design, moved = processes.total(design), processes.total(moved)
     rewards = derivatives.rewards
     if derivatives.jacobian is None:
@@ -245,7 +246,7 @@ def linearise_in(
     offset = contrasts.relative(rewards.double()) + moved
     names = precision_groups(derivatives.sites, settings.groups or "one")
     order = list(dict.fromkeys(names))
-    site_of = _site_of_coordinate(derivatives, subspace)
+    site_of = _site_of_coordinate(derivatives, space)
     deviation = torch.tensor([prior.of(site) ** -0.5 for site in derivatives.sites], dtype=torch.float64)
     group = torch.tensor([order.index(name) for name in names])
     design = contrasts.padded(design * deviation[site_of])
@@ -259,7 +260,7 @@ def linearise_in(
     table = torch.cat([contrasts.padded(offset)[:, None], design * torch.exp(-0.5 * factors)[column_group]], dim=1)
     scale = _prior_scale(derivatives, prior) * torch.exp(-0.5 * factors)[_group_of_column(derivatives, names, order)]
     tuned = _tuned_prior(prior, derivatives.sites, names, order, factors)
-    return Linearised(table, scale, tuned, subspace, None, latents, evaluations)
+    return Linearised(table, scale, tuned, space, None, latents, evaluations)
 
 
 def _tuned(
@@ -304,8 +305,5 @@ def _group_of_column(derivatives: Derivatives, names: Sequence[str], order: Sequ
 
 
 def _site_of_coordinate(derivatives: Derivatives, subspace: Subspace) -> Tensor:
-    if isinstance(subspace, WholeSpace):
-        counts = _sizes(derivatives)
-    else:
-        counts = [u.shape[1] * v.shape[1] for u, v in zip(subspace.left, subspace.right, strict=True)]  # type: ignore[attr-defined]
+    counts = subspace.counts if isinstance(subspace, Sketch) else _sizes(derivatives)
     return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))

@@ -57,6 +57,13 @@ class JointLoss(torch.nn.Module):
             0.5 * n * math.log(precision / (2 * math.pi)) for n, precision in zip(sizes, precisions, strict=True)
         )
         self.constant = -log_normaliser / num_rows
+        self.training = network.training
+
+    def train(self, mode: bool = True) -> "JointLoss":
+        """Sets the mode; the Trainer asks for it before every micro-batch, and the modules are many."""
+        if mode != self.training or mode != self.network.training:
+            super().train(mode)
+        return self
 
     def forward(self, sequences: Mapping[str, Tensor], places: Tensor, feedback: FeedbackDensity) -> Tensor:
         """The loss, a float64 scalar.

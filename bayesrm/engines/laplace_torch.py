@@ -9,10 +9,10 @@
     posterior.fit(batches)
     mean, variance = posterior(network.collate(network.tokenize(prompts, responses)))
 
-laplace-torch fits rewards as a classification of the two responses of a pair and predicts them as a regression. Of its
-`kron` and `diag` structures its own backends take every response for a datum of its own; here the bias of the head and
-whatever else the responses of a pair share gets no curvature, as in the exact posterior. Importing this module imports
-laplace-torch, which takes some seconds; the rest of this package does not.
+laplace-torch fits rewards as a classification of the two responses of a pair and predicts them as a regression. The
+Kronecker factors of its own backends take every response for a datum of its own; here the bias of the head, and
+whatever else the responses of a pair share, gets no curvature, as in the exact posterior. `full` and `diag` are the
+same. Importing this module imports laplace-torch, which takes some seconds; the rest of this package does not.
 """
 
 from collections.abc import Mapping, Sequence

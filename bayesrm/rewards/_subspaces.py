@@ -125,9 +125,14 @@ class Sketch:
     right: Sequence[Tensor]
 
     @property
+    def counts(self) -> list[int]:
+        """Number of coordinates of each matrix, a * b."""
+        return [u.shape[1] * v.shape[1] for u, v in zip(self.left, self.right, strict=True)]
+
+    @property
     def size(self) -> int:
-        """Sum of a * b over the matrices."""
-        return sum(u.shape[1] * v.shape[1] for u, v in zip(self.left, self.right, strict=True))
+        """Number of coordinates of all matrices."""
+        return sum(self.counts)
 
     def coordinates(self, whitened: Tensor) -> Tensor:
         """u_i' W v_j of each matrix."""
@@ -143,11 +148,10 @@ class Sketch:
 
     def directions(self, coordinates: Tensor) -> Tensor:
         """Sums of the u_i v_j'."""
-        sizes = [u.shape[1] * v.shape[1] for u, v in zip(self.left, self.right, strict=True)]
         batch = coordinates.shape[:-1]
         parts = [
             (u.to(c.dtype) @ c.reshape(*batch, u.shape[1], v.shape[1]) @ v.T.to(c.dtype)).flatten(-2)
-            for c, u, v in zip(coordinates.split(sizes, dim=-1), self.left, self.right, strict=True)
+            for c, u, v in zip(coordinates.split(self.counts, dim=-1), self.left, self.right, strict=True)
         ]
         return torch.cat(parts, dim=-1)
 

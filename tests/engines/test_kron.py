@@ -11,6 +11,7 @@ from bayesrm.data.groups import Comparison, FeedbackGroup
 from bayesrm.engines._curvature import CurvatureKind, curvature
 from bayesrm.engines._density import FeedbackDensity
 from bayesrm.engines._kron import DiagCovariance, KronCovariance, diag_curvature, kron_bytes, kron_factors
+from bayesrm.errors import ArgumentError, EngineError, PersistenceError
 
 from .conftest import CASES, make_data
 
@@ -207,9 +208,9 @@ def test_incomplete_state_is_refused(feedback):
     groups, blocks, jacobian = feedback
     state = kron_factors(jacobian, SHAPES, groups, blocks).posterior(PRIOR).state()
     del state["q.lora_B/values/1"]
-    with pytest.raises(brm.PersistenceError, match=r"q\.lora_B/values/1"):
+    with pytest.raises(PersistenceError, match=r"q\.lora_B/values/1"):
         KronCovariance.from_state(state, SHAPES)
-    with pytest.raises(brm.PersistenceError, match="precision"):
+    with pytest.raises(PersistenceError, match="precision"):
         DiagCovariance.from_state({"precision": torch.ones(3)}, SHAPES)
 
 
@@ -218,16 +219,16 @@ def test_missing_items_wrong_sites_and_bad_curvature_are_refused():
     jacobian = jacobian_of(6)
     absent = int(groups[0].items[0, 0])
     present = torch.tensor([i for i in range(6) if i != absent])
-    with pytest.raises(brm.ArgumentError, match=f"lacks 1 items .* item {absent}"):
+    with pytest.raises(ArgumentError, match=f"lacks 1 items .* item {absent}"):
         kron_factors([(present, jacobian[present])], SHAPES, groups, blocks)
-    with pytest.raises(brm.ArgumentError, match="27 columns"):
+    with pytest.raises(ArgumentError, match="27 columns"):
         kron_factors(jacobian[:, :-1], SHAPES, groups, blocks)
-    with pytest.raises(brm.EngineError, match="positive semi-definite"):
+    with pytest.raises(EngineError, match="positive semi-definite"):
         kron_factors(jacobian, SHAPES, groups, [-blocks[0]])
     jacobian[absent, 12] = torch.inf
-    with pytest.raises(brm.EngineError, match="lora_B"):
+    with pytest.raises(EngineError, match="lora_B"):
         kron_factors(jacobian, SHAPES, groups, blocks).posterior(PRIOR)
-    with pytest.raises(brm.EngineError, match="not finite"):
+    with pytest.raises(EngineError, match="not finite"):
         DiagCovariance.of(diag_curvature(jacobian, SHAPES, groups, blocks), SHAPES, PRIOR)
 
 

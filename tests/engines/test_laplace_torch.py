@@ -13,6 +13,7 @@ import bayesrm as brm
 from bayesrm.data.groups import Comparison, FeedbackGroup
 from bayesrm.engines._kron import DiagCovariance, diag_curvature, kron_factors
 from bayesrm.engines.laplace_torch import PairKron, PreferenceCurvature, pair_model
+from bayesrm.errors import ArgumentError
 
 SPEC = importlib.util.spec_from_file_location("lora_models", Path(__file__).parents[1] / "rewards" / "lora_models.py")
 lora_models = importlib.util.module_from_spec(SPEC)
@@ -73,7 +74,8 @@ def ours(setting, dense):
 
 
 def relative(found, expected):
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def test_jacobians_are_those_of_torch_func(setting):
@@ -84,7 +86,9 @@ def test_jacobians_are_those_of_torch_func(setting):
         assert jacobian.shape[1] == rewards.shape[1] == width
         assert relative(jacobian, expected) < 1e-5
         assert relative(rewards, expected_rewards) < 1e-5
-        assert relative(ours.jacobians(x, enable_backprop=True)[0], expected) < 1e-6
+        kept, _ = ours.jacobians(x, enable_backprop=True)
+        assert kept.requires_grad
+        assert relative(kept, expected) < 1e-6
 
 
 def test_full_is_the_generalised_gauss_newton_matrix(setting):
@@ -97,7 +101,8 @@ def test_full_is_the_generalised_gauss_newton_matrix(setting):
     assert relative(mean, expected_mean) < 1e-5
     # Both come from the inverse of a float32 matrix: its condition number multiplies the last digit.
     condition = float(torch.linalg.cond(expected.posterior_precision.double()))
-    assert relative(variance, expected_variance) < max(1e-5, 1.2e-7 * condition)
+    assert condition < 1e3
+    assert relative(variance, expected_variance) < 1.2e-7 * condition
     torch.testing.assert_close(
         found.log_marginal_likelihood(), expected.log_marginal_likelihood(), rtol=1e-4, atol=1e-4
     )
@@ -176,8 +181,10 @@ def test_prior_mean_is_the_initialisation(setting):
     posterior = fit(setting, "diag", prior_mean=model.prior_mean)
     moved = network.theta() - network.initial_theta()
     torch.testing.assert_close(posterior.scatter, moved @ moved)
-    # The control: laplace-torch's own zero mean counts the initialisation too.
-    assert float(fit(setting, "diag").scatter) > 1.5 * float(moved @ moved)
+    # The control: laplace-torch's own mean of zero counts the initialisation too.
+    theta = network.theta()
+    torch.testing.assert_close(fit(setting, "diag").scatter, theta @ theta)
+    assert not torch.isclose(theta @ theta, moved @ moved, rtol=0.05)
 
 
 class Scores(torch.nn.Module):
@@ -221,12 +228,12 @@ def test_a_subset_of_the_parameters(setting, dense):
 
 def test_what_it_cannot_do_is_refused(setting):
     model, _ = setting
-    with pytest.raises(brm.ArgumentError, match="'regression'"):
+    with pytest.raises(ArgumentError, match="'regression'"):
         PreferenceCurvature(model, "regression")
-    with pytest.raises(brm.ArgumentError, match="last_layer"):
+    with pytest.raises(ArgumentError, match="last_layer"):
         PreferenceCurvature(model, "classification", last_layer=True)
-    with pytest.raises(brm.ArgumentError, match="is a Tensor"):
+    with pytest.raises(ArgumentError, match="is a Tensor"):
         model(torch.zeros(2, 2, 4))
     triples = torch.zeros(2, 3, 4).long()
-    with pytest.raises(brm.ArgumentError, match=r"\(2, 3, 4\)"):
+    with pytest.raises(ArgumentError, match=r"\(2, 3, 4\)"):
         model({"input_ids": triples, "attention_mask": triples})

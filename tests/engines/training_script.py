@@ -45,4 +45,5 @@ def run(model, settings):
 if __name__ == "__main__":
     theta, report = run(sys.argv[1], json.loads(sys.argv[3]))
     if int(os.environ.get("RANK", "0")) == 0:
-        torch.save({"theta": theta, "latents": report.latents, "resumed_from": report.resumed_from}, sys.argv[2])
+        found = {"theta": theta, "latents": report.latents, "resumed_from": report.resumed_from, "steps": report.steps}
+        torch.save(found | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}, sys.argv[2])
