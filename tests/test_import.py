@@ -3,7 +3,20 @@
 import subprocess
 import sys
 
-HEAVY = ("transformers", "peft", "numpyro", "jax", "datasets", "arviz", "matplotlib")
+HEAVY = ("transformers", "peft", "accelerate", "laplace", "curvlinops", "torchvision")
+HEAVY += ("numpyro", "jax", "datasets", "arviz", "matplotlib")
+    "transformers",
+    "peft",
+    "laplace",
+    "curvlinops",
+    "torchvision",
+    "accelerate",
+    "numpyro",
+    "jax",
+    "datasets",
+    "arviz",
+    "matplotlib",
+)
 EVERY_NAME = "import bayesrm\nfor name in bayesrm.__all__:\n    getattr(bayesrm, name)"
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -281,24 +281,26 @@ def _refinement(
     }
 
 
-def _rest_maker(
-    structure: str, network: LoRANetwork, sites: Sequence[str]
-) -> Callable[[object, Sequence[FeedbackGroup], Sequence[Tensor]], Covariance] | None:
-    """Makes the covariance of `kron` or `diag` from whitened derivatives, so that the prior's precision is one."""
+#: Makes a covariance from whitened derivatives (all at once, or block by block with their items), rows, and curvature.
+_RestMaker = Callable[[Tensor | Iterable[tuple[Tensor, Tensor]], Sequence[FeedbackGroup], Sequence[Tensor]], Covariance]
+
+
+def _rest_maker(structure: str, network: LoRANetwork, sites: Sequence[str]) -> _RestMaker | None:
+    """Makes the covariance of `kron` or `diag`; `None` for the others. Whitened, the prior's precision is one."""
     shapes = {site: tuple(network.sites[site].shape) for site in sites}
     unit = dict.fromkeys(shapes, 1.0)
     if structure == "kron":
-        return lambda rows, groups, blocks: kron_factors(rows, shapes, groups, blocks).posterior(unit)  # type: ignore[arg-type]
+        return lambda rows, groups, blocks: kron_factors(rows, shapes, groups, blocks).posterior(unit)
     if structure == "diag":
         return lambda rows, groups, blocks: DiagCovariance.of(
-            diag_curvature(rows, shapes, groups, blocks), shapes, unit  # type: ignore[arg-type]
-        )  # fmt: skip
+            diag_curvature(rows, shapes, groups, blocks), shapes, unit
+        )
     return None
 
 
 def _checked(
     groups: Sequence[FeedbackGroup], derivatives: Derivatives, curvature: Curvature, lin: Linearised,
-    subspace: Subspace | None, make_rest: Callable[..., Covariance] | None, memory_gib: float, seed: int,
+    subspace: Subspace | None, make_rest: _RestMaker | None, memory_gib: float, seed: int,
 ) -> dict[str, float]:  # fmt: skip
     candidates = max(g.items.shape[1] for g in groups)
     # Three copies in float64 of the derivatives of the rows' items.

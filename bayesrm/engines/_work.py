@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from ..errors import EngineError
+from ._kron import kron_bytes
 
 _GIB = 2**30
 
@@ -93,7 +94,7 @@ def plan_work(
         if structure == "full":
             need += rank * parameters * itemsize / _GIB
         elif structure == "kron":
-            need += 2 * 8 * sum(n * n for shape in shapes.values() for n in _matrix(shape)) / _GIB
+            need += kron_bytes(shapes) / _GIB
     must_keep = structure in ("full", "kron", "diag") and parameters > contrasts
     if need + stored <= 0.9 * memory_gib:
         return WorkPlan(structure, items, contrasts, parameters, rank, 1, "memory", need + stored, 0.0)

@@ -27,7 +27,8 @@ from .._typing import Tensor
 from ..errors import ArgumentError
 from ..rewards.jacobians import per_sample_jacobian
 from ..rewards.lora_network import LoRANetwork
-from ._kron import KronFactors, pseudo_gradients, unit_trace
+from ._kron import KronFactors, unit_trace
+from ._pseudo_gradients import pseudo_gradients
 
 #: Keys under which laplace-torch looks for token ids and answers unless it is told others.
 _TOKENS, _ANSWERS = "input_ids", "labels"

@@ -152,6 +152,7 @@ def _frozen(network: LoRANetwork) -> Iterator[None]:
     """Evaluation mode with no trainable weights, so that backward passes form activations' gradients alone."""
     training = network.training
     parameters = list(network.sites.values())
+    needed = [parameter.requires_grad for parameter in parameters]
     network.eval()
     if network.settings.gradient_checkpointing and not network.settings.base_dropout:
         # transformers checkpoints in training mode alone; without dropout the two modes compute the same.
@@ -164,6 +165,6 @@ def _frozen(network: LoRANetwork) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        for parameter, flag in zip(parameters, needed, strict=True):
+            parameter.requires_grad_(flag)
         network.train(training)
