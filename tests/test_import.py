@@ -5,18 +5,6 @@ import sys
 
 HEAVY = ("transformers", "peft", "accelerate", "laplace", "curvlinops", "torchvision")
 HEAVY += ("numpyro", "jax", "datasets", "arviz", "matplotlib")
-    "transformers",
-    "peft",
-    "laplace",
-    "curvlinops",
-    "torchvision",
-    "accelerate",
-    "numpyro",
-    "jax",
-    "datasets",
-    "arviz",
-    "matplotlib",
-)
 EVERY_NAME = "import bayesrm\nfor name in bayesrm.__all__:\n    getattr(bayesrm, name)"
 
 
