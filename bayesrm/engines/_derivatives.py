@@ -145,11 +145,12 @@ class Derivatives:
         if saved is not None and done > skip:
             saved.save(state, done)
 
-    def prompt_blocks(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def prompt_blocks(self, skip: int = 0, *, share: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """(items, derivatives) of whole prompts at a time, shapes `(n,)` and `(n, P)`; computed where not kept.
 
         Args:
             skip: Blocks of this process to leave out at the start.
+            share: Whether each process of a distributed run gets its share of the blocks alone.
         """
         order = torch.argsort(self.prompt, stable=True)
         _, counts = torch.unique_consecutive(self.prompt[order], return_counts=True)
@@ -164,7 +165,7 @@ class Derivatives:
         with tqdm(total=len(pieces), unit="block", disable=not self._progress or self.jacobian is not None) as bar:
             for number, items in enumerate(pieces):
                 bar.update()
-                if number % processes.count != processes.index or number // processes.count < skip:
+                if share and (number % processes.count != processes.index or number // processes.count < skip):
                     continue
                 if self.jacobian is not None:
                     yield items, self.jacobian[items].to(self.network.device)

@@ -32,6 +32,7 @@ from ._linearise import (
     row_space_basis,
     weights_at,
 )
+from ._newton import find_mode
 from ._schema import FeedbackSchema
 from ._structure_check import CheckedRows, check_structure
 from ._tangent import Coordinates, Whitening
@@ -109,8 +110,11 @@ def train_network(
     return Trained(network, schema, density, report)
 
 
-def trained_gradient_norm(trained: Trained, program: RewardModel, data: Comparisons, batch_size: int) -> float:
-    """Norm of the log joint's gradient at the trained weights and latents, weights in units of their prior spread."""
+def settle_point(trained: Trained, program: RewardModel, data: Comparisons, batch_size: int) -> tuple[Tensor, float]:
+    """Latents of the trained network, and the norm of the log joint's gradient there.
+
+    Weights count in units of their prior spread. Latents that no training has touched are put at their mode.
+    """
     network, latents = trained.network, trained.report.latents
     sequences = network.tokenize_items(data)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -119,6 +123,12 @@ def trained_gradient_norm(trained: Trained, program: RewardModel, data: Comparis
     with torch.no_grad():
         for part in batches:
             rewards[part] = network(**network.collate([sequences[i] for i in part])).double().cpu()
+    if not trained.report.steps and len(latents):
+        fixed = torch.zeros(len(rewards), 0, dtype=torch.float64)
+        mode = find_mode(
+            trained.density, fixed, rewards, fixed[0], latents, tolerance=1e-6, max_iterations=1000
+        )  # fmt: skip
+        latents = mode.latents
     _, g_items, g_latents = trained.density.value_and_gradient(rewards, latents)
     weights = list(network.sites.values())
     total = [torch.zeros_like(p, dtype=torch.float64) for p in weights]
@@ -131,20 +141,20 @@ def trained_gradient_norm(trained: Trained, program: RewardModel, data: Comparis
         precision = program.prior.of(site)
         pull = (p.detach() - network.initial[site].to(p.device)).double() * precision
         squares = squares + ((gradient - pull) / precision**0.5).square().sum().cpu()
-    return float(squares.sqrt())
+    return latents, float(squares.sqrt())
 
 
-def point_fit(trained: Trained, program: RewardModel, batch_size: int) -> GaussianPosterior:
+def point_fit(trained: Trained, program: RewardModel, latents: Tensor, batch_size: int) -> GaussianPosterior:
     """The trained network as a posterior of zero width; its report is the caller's to fill."""
     network = trained.network
-    nothing = torch.zeros(0, device=network.device)
+    nothing = network.theta()[:0]
     tangent = Tangent(network, (), nothing, nothing, None, batch_size=batch_size)
     point = RewardModel(tangent, program.likelihood, Gaussian(1.0))
     empty = torch.zeros(0, dtype=torch.float64)
     expansion = Expansion(point, empty, torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
     report = FitReport({}, 0, 0.0, 0, 0, 0, network.num_parameters, network.num_parameters, False, 0.0, 0)
     return GaussianPosterior(
-        point, trained.schema, report, expansion, Whitening(empty, empty, None), trained.report.latents, factor=None
+        point, trained.schema, report, expansion, Whitening(empty, empty, None), latents, factor=None
     )
 
 
@@ -169,8 +179,9 @@ def fit_tangent(
     folder = engine.training.output_dir
     with scratch(folder) as work:
         derivatives = Derivatives(
-            network, sites, sequences, prompt, batch_size=engine.jacobian_batch_size, keep=plan.derivatives !=
-            "nowhere", folder=work if plan.derivatives == "disk" or folder is not None else None, progress=progress,
+            network, sites, sequences, prompt, batch_size=engine.jacobian_batch_size,
+            keep=plan.derivatives != "nowhere", progress=progress,
+            folder=work if plan.derivatives == "disk" or folder is not None else None,
         )  # fmt: skip
         return _fit_around(engine, program, trained, derivatives, contrasts, density, plan, seed=seed), trained
 
@@ -183,7 +194,7 @@ def _planned(engine: "Laplace", network: LoRANetwork, contrasts: int, items: int
             structure, {site: tuple(network.sites[site].shape) for site in sites}, items=items, contrasts=contrasts,
             memory_gib=engine.memory_gib, disk_gib=engine.disk_gib, sketch_rank=engine.sketch_rank,
             precision_groups=len(set(precision_groups(sites, groups))),
-            itemsize=network.sites[sites[0]].element_size(),
+            itemsize=network.sites[sites[0]].element_size(), primal=engine.coordinates == "primal",
         )  # fmt: skip
 
     wanted = plan(engine.structure)
@@ -243,7 +254,8 @@ def _fit_around(
         )  # fmt: skip
         if make_rest is not None:
             whitened = (
-                (items, rows.double() * lin.scale.to(rows.device)) for items, rows in derivatives.prompt_blocks()
+                (items, rows.double() * lin.scale.to(rows.device))
+                for items, rows in derivatives.prompt_blocks(share=False)
             )
             rest = make_rest(whitened, trained.density.groups, curvature.rewards)
             weights = center.double() + lin.scale * weights_at(derivatives, contrasts, lin, fitted.mode.z)

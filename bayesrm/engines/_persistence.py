@@ -141,7 +141,8 @@ def _program_config(program: RewardModel) -> dict[str, Any]:
 def _tangent_config(tangent: Tangent) -> dict[str, Any]:
     return {
         "type": "Tangent",
-        "lora": tangent.network.settings.to_config(),
+        # The network is loaded onto what the machine at hand has.
+        "lora": tangent.network.settings.to_config() | {"device": None},
         "sites": list(tangent.sites),
         "rest": None if tangent.rest is None else type(tangent.rest).__name__,
         "uncertain_rest": tangent.uncertain_rest,

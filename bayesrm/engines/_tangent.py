@@ -134,8 +134,8 @@ def joint_precision(design: Tensor, groups: Sequence[FeedbackGroup], c: Curvatur
             h, x = block[part], cross[part]
             if contrast:
                 rows, h, x = rows[:, 1:] - rows[:, :1], h[:, 1:, 1:], x[:, 1:]
-            flat = rows.reshape(-1, size)
-            precision[:size, :size] += (h @ rows).reshape(-1, size).T @ flat
+            flat = rows.flatten(0, 1)
+            precision[:size, :size] += (h @ rows).flatten(0, 1).T @ flat
             if q:
                 precision[:size, size:] += flat.T @ x.reshape(-1, q)
     precision[size:, :size] = precision[:size, size:].T

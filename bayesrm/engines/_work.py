@@ -60,6 +60,7 @@ def plan_work(
     sketch_rank: int = 16,
     precision_groups: int = 1,
     itemsize: int = 4,
+    primal: bool = False,
 ) -> WorkPlan:
     """Plans the fit of a structure.
 
@@ -73,6 +74,7 @@ def plan_work(
         sketch_rank: Directions on each side of a matrix for `sketch`.
         precision_groups: Number of groups of prior precisions.
         itemsize: Bytes of a derivative.
+        primal: Whether `full` works in all parameters even where comparisons are fewer.
     """
     parameters = sum(prod(shape) for shape in shapes.values())
     stored = items * parameters * itemsize / _GIB
@@ -87,7 +89,8 @@ def plan_work(
         sides = sum(min(n, 1024) * n for shape in shapes.values() for n in _matrix(shape))
         working = min(rank, contrasts)
         need = 8 * (2 * contrasts * rank + 4 * working**2 + sides + rank * working) / _GIB
-    elif structure == "full" and parameters <= contrasts:
+    elif structure == "full" and (primal or parameters <= contrasts):
+        rank = parameters
         need = 8 * (2 * contrasts * parameters + 4 * parameters**2) / _GIB
     else:
         need = (precision_groups + 6) * square + chunk
@@ -95,7 +98,7 @@ def plan_work(
             need += rank * parameters * itemsize / _GIB
         elif structure == "kron":
             need += kron_bytes(shapes) / _GIB
-    must_keep = structure in ("full", "kron", "diag") and parameters > contrasts
+    must_keep = structure in ("kron", "diag") or (structure == "full" and rank < parameters)
     if need + stored <= 0.9 * memory_gib:
         return WorkPlan(structure, items, contrasts, parameters, rank, 1, "memory", need + stored, 0.0)
     if must_keep:

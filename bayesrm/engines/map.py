@@ -12,7 +12,7 @@ from ..programs import RewardModel
 from ..rewards import LoRA
 from ._curvature import CurvatureKind
 from ._gaussian_fit import OptimiserSettings, PriorPrecision, fit_mode
-from ._lora_fit import point_fit, train_network, trained_gradient_norm
+from ._lora_fit import point_fit, settle_point, train_network
 from ._settings import check_choice, check_optimiser, make_report
 from ._tangent import Coordinates
 from .gaussian_posterior import GaussianPosterior
@@ -75,8 +75,9 @@ class MAP:
                 "use Laplace(...) and the posterior's `plug_in()`"
             )
         trained = train_network(program, data, self.training, seed=seed, progress=progress)
-        norm = trained_gradient_norm(trained, program, data, 2 * self.training.batch_size)
-        posterior = point_fit(trained, program, batch_size=2 * self.training.batch_size)
+        batch_size = 2 * self.training.batch_size
+        latents, norm = settle_point(trained, program, data, batch_size)
+        posterior = point_fit(trained, program, latents, batch_size)
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         run = trained.report.summary()
         posterior.report = dataclasses.replace(

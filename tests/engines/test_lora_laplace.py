@@ -17,7 +17,7 @@ from scipy.special import expit
 
 import bayesrm as brm
 from bayesrm.engines._work import plan_work
-from bayesrm.errors import ArgumentError, EngineError, PersistenceError
+from bayesrm.errors import ArgumentError, ConvergenceWarning, EngineError, PersistenceError
 from bayesrm.rewards import LoRA
 
 from ..rewards import lora_models as models
@@ -150,6 +150,16 @@ class TestFull:
             np.testing.assert_allclose(belief.mean[0], mean, atol=1e-6)
             np.testing.assert_allclose(belief.covariance[0], covariance, rtol=1e-8, atol=1e-10)
 
+    def test_both_coordinates_agree_to_1e_10(self, path, data):
+        lora = {"target_modules": ("layer.1.attention.self.query",)}
+        few = data.select(np.arange(30))
+        a, b = (
+            fit(path, few, lora=lora, coordinates=coordinates).predict(PROMPTS, CANDIDATES)
+            for coordinates in ("primal", "dual")
+        )
+        torch.testing.assert_close(a.mean, b.mean, rtol=0, atol=1e-10)
+        torch.testing.assert_close(a.covariance, b.covariance, rtol=0, atol=1e-10)
+
     def test_float32_is_close_to_float64(self, path, data, exact):
         posterior, _ = exact
         single = fit(path, data, dtype="float32")
@@ -274,6 +284,47 @@ class TestEvidence:
                 for p in ("given", "marginal_likelihood")
             )
             assert tuned.report.log_evidence > given.report.log_evidence
+
+
+class TestPoint:
+    def test_map_is_the_trained_network_and_reports_its_gradient(self, path, data):
+        model = brm.RewardModel(LoRA(path, rank=2, dtype="float64"), LIKELIHOOD, brm.priors.Gaussian(4.0))
+        point = brm.fit(model, data, inference=brm.MAP(training=SHORT))
+        network = point.program.reward.network
+        belief = point.predict(PROMPTS[:1], CANDIDATES[:1])
+        rewards = network(**network.collate(network.tokenize([PROMPTS[0]] * 3, CANDIDATES[0]))).detach()
+        torch.testing.assert_close(belief.mean[0], rewards, rtol=0, atol=1e-12)
+        assert belief.std.max() == 0
+        assert not point.report.converged
+        assert "NOT CONVERGED" in point.summary()
+        full = fit(path, data)
+        assert point.report.gradient_norm == pytest.approx(full.report.refinement["trained_gradient_norm"], rel=1e-6)
+
+    def test_stopping_early_warns_that_it_is_no_mode(self, path, data):
+        class Stop(transformers.TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step >= 2
+
+        model = brm.RewardModel(LoRA(path, rank=2), LIKELIHOOD)
+        training = dataclasses.replace(SHORT, callbacks=(Stop(),))
+        with pytest.warns(ConvergenceWarning, match="stopped after 2 of 15 steps"):
+            point = brm.fit(model, data, inference=brm.MAP(training=training))
+        assert "STOPPED EARLY" in point.summary()
+
+    def test_without_training_the_latents_are_at_their_mode(self, path, data):
+        rng = np.random.default_rng(0)
+        [group] = data.groups()
+        tied = data.with_outcomes([np.where(rng.random(len(data)) < 0.3, 2, group.outcome.numpy())])
+        model = brm.RewardModel(LoRA(path, rank=2), brm.likelihoods.Davidson())
+        point = brm.fit(model, tied, inference=brm.MAP(training=brm.Training(epochs=0.0)))
+        head = brm.RewardModel(brm.rewards.Linear(), brm.likelihoods.Davidson())
+        same = brm.fit(head, tied.with_features(np.zeros((data.num_items, 1))), inference=brm.MAP())
+        torch.testing.assert_close(point.mode, same.mode[1:], rtol=0, atol=1e-5)
+
+    def test_tuning_needs_the_curvature(self, path, data):
+        model = brm.RewardModel(LoRA(path), LIKELIHOOD)
+        with pytest.raises(EngineError, match="plug_in"):
+            brm.fit(model, data, inference=brm.MAP(prior_precision="marginal_likelihood"))
 
 
 class TestWork:

