@@ -40,7 +40,13 @@ class Structure(enum.StrEnum):
 
 
 class PrecisionGroups(enum.StrEnum):
-    """Which parameter sites of a LoRA reward share one factor on their prior precisions."""
+    """Which parameter sites of a LoRA reward share one factor on their prior precisions.
+
+    The derivatives come from weights that were trained on the same answers: those in an A matrix are multiples
+    of the trained B. A group of its own can be scaled up until it repeats what training memorised, and the evidence
+    praises it for that; on 300 human choices `module` gained 48 nats of evidence and lost 0.05 nats a held-out choice.
+    Compare held-out prompts before relying on more groups than one.
+    """
 
     ONE = "one"
     """All of them."""
