@@ -1,12 +1,12 @@
 """Do fits on adapter weights need what docs/scale.md says, and what `fit` itself announces?
 
-Tiny decoders (Llama's architecture, random weights) and synthetic comparisons, every sequence of the same length, no
-training: what is counted is the work of the posterior alone. Each fit runs in a process of its own, whose peak resident
-memory is set against that of the same process after a fit on 8 pairs. Counted or measured:
+Tiny decoders (Llama's architecture, random weights and adapters) and synthetic comparisons, every sequence of the same
+length, no training: what is counted is the work of the posterior alone. Each fit runs in a process of its own, whose
+peak resident memory is set against that of the same process after a fit on 8 pairs. Counted or measured:
 
-- bytes of the derivatives' file, coordinates, and sequences that go through the network: exact;
-- peak memory over the plan's estimate: in a range;
-- CPU time of a pass as the items become four times as many, and as the posterior needs two passes instead of one;
+- bytes of the derivatives' file, planned coordinates, and sequences that go through the network: exact;
+- peak memory over the plan's estimate, with what the structure check may take: in a range;
+- CPU time of a pass as the items become four times as many;
 - CPU time of a pass over that of the plain forward pass.
 
 Usage: python benchmarks/scale_lora.py [--json FILE] [--quick]
@@ -90,22 +90,31 @@ class Setting:
             return 2 * self.pairs
         if self.structure != "sketch":
             return 2 * self.pairs
-        # The check holds three copies in float64 of the derivatives of a comparison's two items.
+        return 4 * self.pairs + 2 * self.num_checked(memory_gib)
+
+    def num_checked(self, memory_gib: float) -> int:
+        """Comparisons that the check of an approximate structure looks at."""
+        if self.structure not in ("sketch", "kron", "diag"):
+            return 0
+        # Three copies in float64 of the derivatives of a comparison's two items.
         affordable = max(8, int(memory_gib * GIB / (3 * 8 * 2 * self.num_parameters)))
-        return 4 * self.pairs + 2 * min(self.pairs, affordable, CHECKED)
+        return min(self.pairs, affordable, CHECKED)
+
+    def check_gib(self, memory_gib: float) -> float:
+        """Memory of the check, by the formula of docs/scale.md; the plan does not count it."""
+        return 3 * 8 * 2 * self.num_checked(memory_gib) * self.num_parameters / GIB
 
 
 SETTINGS = (
     Setting("full", 1000),
-    Setting("full", 2000),
-    Setting("full", 1000, rank=4),
+    Setting("full", 1500, rank=4),
     Setting("full", 1500, stored="disk"),
     Setting("full", 3000, width=64, layers=2, rank=4),
-    Setting("sketch", 3000, stored="nowhere"),
-    Setting("sketch", 3000, sketch_rank=8, stored="nowhere"),
+    Setting("sketch", 2000, stored="nowhere"),
+    Setting("sketch", 2000, sketch_rank=8, stored="nowhere"),
     Setting("last_layer", 3000, stored="nowhere"),
-    Setting("kron", 1000),
-    Setting("diag", 1000),
+    Setting("kron", 700),
+    Setting("diag", 700),
 )
 QUICK = (
     Setting("full", 100, width=32, layers=2, stored="disk"),
@@ -138,6 +147,15 @@ def decoder(folder: Path, width: int, layers: int) -> str:
     transformers.utils.logging.disable_progress_bar()
     transformers.LlamaModel(config).save_pretrained(folder)
     return str(folder)
+
+
+def trained(lora: LoRA, folder: Path) -> LoRA:
+    """Settings that start from random adapters and a random head: at the usual start adapters have no derivative."""
+    network = lora.load(0)
+    drawn = torch.randn(network.num_parameters, generator=torch.Generator().manual_seed(0))
+    network.set_theta(network.theta() + 0.1 * drawn)
+    network.save_adapter(folder)
+    return dataclasses.replace(lora, adapter=str(folder))
 
 
 def comparisons(pairs: int) -> brm.Comparisons:
@@ -175,6 +193,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         model = decoder(Path(place) / "model", setting.width, setting.layers)
         lora = LoRA(model, rank=setting.rank, target_modules=("q_proj", "v_proj"), max_length=32, device="cpu")
+        lora = trained(lora, Path(place) / "adapter")
         network = lora.load(0)
         roomy = planned(setting, network, 1e9)
         # Room for the algebra, and not for the derivatives as well.
@@ -184,10 +203,14 @@ def measure(setting: Setting) -> dict[str, Any]:
         del network
         program = brm.RewardModel(lora, brm.likelihoods.BradleyTerry(), brm.priors.Gaussian(1.0))
 
+        def place_of(name: str) -> str:
+            return str(Path(place) / name)
+
         def fit(pairs: int, name: str, memory_gib: float) -> Any:
             inference = brm.Laplace(
                 structure=setting.structure, sketch_rank=setting.sketch_rank, memory_gib=memory_gib, disk_gib=1e9,
-                training=brm.Training(epochs=0.0, output_dir=str(Path(place) / name)),
+                # With a folder, derivatives go to a file whatever the plan says.
+                training=brm.Training(epochs=0.0, output_dir=place_of(name) if setting.stored == "disk" else None),
             )  # fmt: skip
             return brm.fit(program, comparisons(pairs), inference=inference, seed=0)
 
@@ -197,7 +220,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         posterior = fit(setting.pairs, "run", memory)
         hook.remove()
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-        file = Path(place) / "run" / "derivatives.bin"
+        file = Path(place_of("run")) / "derivatives.bin"
         return {
             "sequences": counted,
             "memory_gib": memory,
@@ -221,7 +244,7 @@ def in_child(setting: Setting) -> dict[str, Any]:
 
 def times(quick: bool) -> tuple[dict[str, float], dict[str, Any]]:
     """CPU time of passes: four times the items, and a pass over a forward pass; medians of interleaved runs."""
-    small, repeats = (60, 1) if quick else (400, 5)
+    small, repeats = (60, 1) if quick else (400, 3)
     seconds: dict[str, list[float]] = {"forward": [], "pass": [], "pass, 4 M": []}
     with tempfile.TemporaryDirectory() as place:
         lora = LoRA(decoder(Path(place), 128, 4), rank=8, target_modules=("q_proj", "v_proj"), max_length=32)
@@ -258,11 +281,15 @@ def exactly(name: str, found: float, expected: float) -> Claim:
 def run(quick: bool) -> tuple[list[Claim], dict[str, Any]]:
     claims, details = [], []
     for setting in QUICK if quick else SETTINGS:
+        print(setting.name, file=sys.stderr)
         found = in_child(setting)
         plan = found["plan"]
         details.append({"setting": dataclasses.asdict(setting)} | found)
         claims.append(exactly(f"{setting.name}: weights P", plan["parameters"], setting.num_parameters))
-        claims.append(exactly(f"{setting.name}: coordinates R", plan["coordinates"], setting.num_coordinates))
+        claims.append(exactly(f"{setting.name}: R of the plan", plan["coordinates"], setting.num_coordinates))
+        # A posterior works in the row space where comparisons are fewer, and leaves out nearly dependent derivatives.
+        share = found["num_coordinates"] / min(setting.num_coordinates, setting.pairs)
+        claims.append(Claim(f"{setting.name}: R of the posterior", Estimate(share, share, share, 1.0), 0.95, 1.0))
         claims.append(
             exactly(f"{setting.name}: sequences", found["sequences"], setting.num_sequences(found["memory_gib"]))
         )
@@ -270,12 +297,15 @@ def run(quick: bool) -> tuple[list[Claim], dict[str, Any]]:
             size = 4 * 2 * setting.pairs * setting.num_parameters
             claims.append(exactly(f"{setting.name}: bytes on disk", found["file_bytes"], size))
             claims.append(exactly(f"{setting.name}: GiB on disk in the plan", plan["disk_gib"], size / GIB))
-        share = found["peak_gib"] / plan["memory_gib"]
+        # Resident pages of the mapped file count, though the system may drop them at any time.
+        expected = plan["memory_gib"] + plan["disk_gib"] + setting.check_gib(found["memory_gib"])
+        share = found["peak_gib"] / expected
         # A part of the plan is room for buffers of a fixed size, which runs this small do not fill.
-        low = 0.3 if plan["memory_gib"] > 2 * BUFFERS_GIB else None
-        high = 1.2 if plan["memory_gib"] > 0.2 else None
-        name = f"{setting.name}: peak memory over the plan's {plan['memory_gib']:.2f} GiB"
+        low = 0.3 if expected > 2 * BUFFERS_GIB else None
+        high = 1.3 if expected > 0.2 else None
+        name = f"{setting.name}: peak memory over the expected {expected:.2f} GiB"
         claims.append(Claim(name, Estimate(share, share, share, 1.0), low, high))
+        details[-1] |= {"expected_gib": expected}
     ratios, seconds = times(quick)
     bounds = {"CPU time of a pass, 4 M over M": (3.2, 4.8)}
     for name, value in ratios.items():

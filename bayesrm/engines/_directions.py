@@ -12,6 +12,11 @@ from ._processes import Processes
 _WHOLE = 1024
 
 
+def side_numbers(size: int, rank: int) -> int:
+    """Numbers that the sums of a side of length `size` take."""
+    return size * size if size <= _WHOLE else 2 * size * (2 * min(rank, size) + 8)
+
+
 class _Side:
     """Second moment of the rows that pass by, or enough of it for its leading eigenvectors.
 

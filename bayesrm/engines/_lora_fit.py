@@ -11,7 +11,7 @@ import torch
 from .._typing import Tensor
 from ..data import Comparisons
 from ..data.groups import FeedbackGroup
-from ..errors import DataError
+from ..errors import DataError, EngineError
 from ..priors import Gaussian
 from ..programs import RewardModel
 from ..rewards import LoRA, LoRANetwork
@@ -33,6 +33,7 @@ from ._linearise import (
     weights_at,
 )
 from ._newton import find_mode
+from ._processes import Processes
 from ._schema import FeedbackSchema
 from ._structure_check import CheckedRows, check_structure
 from ._tangent import Coordinates, Whitening
@@ -167,6 +168,11 @@ def fit_tangent(
 
     def state_work(network: LoRANetwork, density: FeedbackDensity) -> None:
         plan = _planned(engine, network, len(Contrasts.of(density, prompt).items), data.num_items)
+        several = Processes.current(network.device).count > 1
+        if several and plan.derivatives == "disk" and engine.training.output_dir is None:
+            raise EngineError(
+                "several processes write derivatives to one file; give `Training(output_dir=...)`, a folder all see"
+            )
         _LOG.info("%s", plan)
         plans.append(plan)
 
@@ -181,7 +187,7 @@ def fit_tangent(
         derivatives = Derivatives(
             network, sites, sequences, prompt, batch_size=engine.jacobian_batch_size,
             keep=plan.derivatives != "nowhere", progress=progress,
-            folder=work if plan.derivatives == "disk" or folder is not None else None,
+            folder=work if plan.derivatives == "disk" or (folder and plan.derivatives == "nowhere") else None,
         )  # fmt: skip
         return _fit_around(engine, program, trained, derivatives, contrasts, density, plan, seed=seed), trained
 
@@ -195,6 +201,7 @@ def _planned(engine: "Laplace", network: LoRANetwork, contrasts: int, items: int
             memory_gib=engine.memory_gib, disk_gib=engine.disk_gib, sketch_rank=engine.sketch_rank,
             precision_groups=len(set(precision_groups(sites, groups))),
             itemsize=network.sites[sites[0]].element_size(), primal=engine.coordinates == "primal",
+            prefer_disk=engine.training.output_dir is not None,
         )  # fmt: skip
 
     wanted = plan(engine.structure)
@@ -250,7 +257,7 @@ def _fit_around(
         make_rest = _rest_maker(engine.structure, network, sites)
         check = _checked(
             trained.density.groups, derivatives, curvature, lin, subspace if engine.structure == "sketch" else None,
-            make_rest, engine.memory_gib, seed,
+            make_rest, max(engine.memory_gib - plan.memory_gib, 0.1 * engine.memory_gib), seed,
         )  # fmt: skip
         if make_rest is not None:
             whitened = (
@@ -315,7 +322,7 @@ def _checked(
     subspace: Subspace | None, make_rest: _RestMaker | None, memory_gib: float, seed: int,
 ) -> dict[str, float]:  # fmt: skip
     candidates = max(g.items.shape[1] for g in groups)
-    # Three copies in float64 of the derivatives of the rows' items.
+    # Three copies in float64 of the derivatives of the rows' items, in the memory that the fit leaves.
     affordable = int(memory_gib * 2**30 / (3 * 8 * candidates * derivatives.columns))
     rows = CheckedRows.draw(groups, curvature, max(8, affordable), seed)
     if derivatives.jacobian is not None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from ..errors import EngineError
+from ._directions import side_numbers
 from ._kron import kron_bytes
 
 _GIB = 2**30
@@ -61,6 +62,7 @@ def plan_work(
     precision_groups: int = 1,
     itemsize: int = 4,
     primal: bool = False,
+    prefer_disk: bool = False,
 ) -> WorkPlan:
     """Plans the fit of a structure.
 
@@ -74,6 +76,7 @@ def plan_work(
         sketch_rank: Directions on each side of a matrix for `sketch`.
         precision_groups: Number of groups of prior precisions.
         itemsize: Bytes of a derivative.
+        prefer_disk: Whether derivatives go to disk even where they fit into memory, so that a killed fit can go on.
         primal: Whether `full` works in all parameters even where comparisons are fewer.
     """
     parameters = sum(prod(shape) for shape in shapes.values())
@@ -83,15 +86,15 @@ def plan_work(
     chunk = 2 * 8 * 2**24 / _GIB
     if structure == "last_layer":
         rank = parameters
-        need = 8 * (2 * contrasts * rank + 4 * min(rank, contrasts) ** 2 + rank * min(rank, contrasts)) / _GIB
+        need = 8 * (3 * contrasts * rank + 4 * min(rank, contrasts) ** 2 + rank * min(rank, contrasts)) / _GIB
     elif structure == "sketch":
         rank = sum(_sketched(shape, sketch_rank) for shape in shapes.values())
-        sides = sum(min(n, 1024) * n for shape in shapes.values() for n in _matrix(shape))
+        sides = sum(side_numbers(n, sketch_rank) for shape in shapes.values() for n in _matrix(shape))
         working = min(rank, contrasts)
-        need = 8 * (2 * contrasts * rank + 4 * working**2 + sides + rank * working) / _GIB
+        need = 8 * (3 * contrasts * rank + 4 * working**2 + sides + rank * working) / _GIB
     elif structure == "full" and (primal or parameters <= contrasts):
         rank = parameters
-        need = 8 * (2 * contrasts * parameters + 4 * parameters**2) / _GIB
+        need = 8 * (3 * contrasts * parameters + 4 * parameters**2) / _GIB
     else:
         need = (precision_groups + 6) * square + chunk
         if structure == "full":
@@ -99,9 +102,10 @@ def plan_work(
         elif structure == "kron":
             need += kron_bytes(shapes) / _GIB
     must_keep = structure in ("kron", "diag") or (structure == "full" and rank < parameters)
-    if need + stored <= 0.9 * memory_gib:
+    fits = need + stored <= 0.9 * memory_gib
+    if fits and not (prefer_disk and stored <= disk_gib):
         return WorkPlan(structure, items, contrasts, parameters, rank, 1, "memory", need + stored, 0.0)
-    if must_keep:
+    if fits or must_keep:
         return WorkPlan(structure, items, contrasts, parameters, rank, 1, "disk", need, stored)
     passes = 2 if structure == "sketch" else 1
     return WorkPlan(structure, items, contrasts, parameters, rank, passes, "nowhere", need, 0.0)
