@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from .errors import ArgumentError
 
@@ -44,6 +44,16 @@ class Gaussian:
             if fnmatch.fnmatchcase(site, pattern):
                 return float(value)
         raise ArgumentError(f"`precision` names {sorted(self.precision)} but not the parameter site '{site}'")
+
+    def check(self, sites: Collection[str]) -> None:
+        """Raises `ArgumentError` unless every site has a precision and every name or pattern fits a site."""
+        for site in sites:
+            self.of(site)
+        for pattern in self.precision if isinstance(self.precision, Mapping) else ():
+            if not any(site == pattern or fnmatch.fnmatchcase(site, pattern) for site in sites):
+                raise ArgumentError(
+                    f"`precision` names {pattern!r}, which fits no parameter site; there are {', '.join(sorted(sites))}"
+                )
 
     def scaled(self, factor: float) -> "Gaussian":
         """The same prior with every precision multiplied by `factor`."""

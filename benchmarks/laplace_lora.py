@@ -61,7 +61,7 @@ class Size:
     timed_pairs: int = 24
     glm_sequences: int = 16
     probes: int = 60
-    trained_pairs: int = 128
+    trained_pairs: int = 256
     rounds: int = 7
     fit_rounds: int = 3
     threads: int = 2
@@ -200,12 +200,12 @@ class LaplaceTorch(Contender):
 
     def fit(self) -> int:
         """Fits on the pairs; returns their number."""
-        import laplace
+        from laplace import Laplace
         from laplace.curvature import CurvlinopsGGN
         from torch.utils.data import DataLoader
 
         pairs = sorted(self.pairs, key=lambda row: -max(map(len, row)))
-        self.posterior = laplace.Laplace(
+        self.posterior = Laplace(
             self.model, "reward_modeling", subset_of_weights="all", hessian_structure="kron", backend=CurvlinopsGGN,
             prior_precision=PRECISION,
         )  # fmt: skip
@@ -214,6 +214,7 @@ class LaplaceTorch(Contender):
 
     def prepare(self) -> None:
         """Loads what is not to be timed."""
+        # This imports laplace-torch too, which the first fit would otherwise wait for.
         from bayesrm.engines.laplace_torch import pair_model
 
         self.model = pair_model(self.network)

@@ -118,22 +118,26 @@ class Derivatives:
             rewards[part], rows[part] = found.to(self.dtype), block
         return rewards, rows
 
-    def accumulate(self, name: str, state: Mapping[str, Tensor], update: Callable[[Tensor, Tensor], None]) -> None:
+    def accumulate(
+        self, name: str, settings: str, state: Mapping[str, Tensor], update: Callable[[Tensor, Tensor], None]
+    ) -> None:
         """Calls `update(items, derivatives)` for this process's blocks of whole prompts; it adds to `state` in place.
 
         Where derivatives are computed again and a folder is known, `state` is saved there on the way, as often as costs
         a few percent of the time, and a run that died goes on from what was saved last.
 
         Args:
-            name: What is summed, and with which settings: what was saved under another name is of no use.
+            name: What is summed.
+            settings: All that decides the sums beside the network, the sequences and the prompts: sums that were
+                saved with others are of no use.
             state: Tensors that `update` adds to.
             update: Adds a block.
         """
         saved = None
         if self.jacobian is None and self._folder is not None:
-            rank = Processes.current(self.network.device).index
-            file = self._folder / f"{name.replace(' ', '-')}.{rank}.safetensors"
-            saved = _PassFile(file, f"{self._identity()} {name}")
+            processes = Processes.current(self.network.device)
+            share = f"{processes.index} of {processes.count}, blocks of {BLOCK}, prompts {digest(self.prompt)}"
+            saved = _PassFile(self._pass_file(name), f"{self._identity()} {name} {settings} {share}")
         state = dict(state) | {"rewards of items": self.rewards}
         skip = 0 if saved is None else saved.load(state)
         done = skip
@@ -144,6 +148,16 @@ class Derivatives:
                 saved.save(state, done)
         if saved is not None and done > skip:
             saved.save(state, done)
+
+    def forget(self, *names: str) -> None:
+        """Removes what passes of these names have saved."""
+        if self._folder is not None:
+            for name in names:
+                self._pass_file(name).unlink(missing_ok=True)
+
+    def _pass_file(self, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{name}.{Processes.current(self.network.device).index}.safetensors"
 
     def prompt_blocks(self, skip: int = 0, *, share: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """(items, derivatives) of whole prompts at a time, shapes `(n,)` and `(n, P)`; computed where not kept.
@@ -188,6 +202,14 @@ class Derivatives:
                     block -= self.jacobian[against, start:stop].double()
                 yield start, stop, block
                 start = stop
+
+
+def digest(*tensors: Tensor | None) -> str:
+    """What tells tensors from others."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(b"none" if tensor is None else tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 class _PassFile:

@@ -13,6 +13,7 @@ from ..data import Comparisons
 from ..data.groups import FeedbackGroup
 from ..errors import ConvergenceWarning, DataError, EngineError
 from ..programs import RewardModel
+from ..rewards.tangent import Tangent
 from ._curvature import Curvature, CurvatureKind, curvature
 from ._density import FeedbackDensity
 from ._newton import Mode, evidence, find_mode, log_normal
@@ -89,6 +90,7 @@ def fit_mode(
     progress: bool,
 ) -> Fitted:
     """Finds the mode of a program, tuning its prior precision on the way if asked."""
+    _check_tangent(program, prior)
     groups = data.groups()
     if not any(bool((g.weight > 0).any()) for g in groups):
         raise DataError("every row has weight 0; there is no feedback to learn from")
@@ -101,6 +103,22 @@ def fit_mode(
         raise DataError(f"features of item {int(bad.nonzero()[0, 0])} are not finite")
     _check_memory(len(raw), _num_parameters(program, raw), groups, settings)
     return fit_mode_on(program, density, schema, raw, density.initial_latents, settings, prior, seed=seed)
+
+
+def _check_tangent(program: RewardModel, prior: PriorPrecision) -> None:
+    """Refuses what would leave the part of a tangent's prior that is outside its coordinates behind."""
+    if not isinstance(program.head, Tangent):
+        return
+    if program.head.subspace is None:
+        raise EngineError(
+            "this tangent has no coordinates (that of a MAP, `kron` or `diag` posterior), so that there is nothing to "
+            "fit; use the program of a `full`, `sketch` or `last_layer` posterior"
+        )
+    if prior is not PriorPrecision.GIVEN or program.prior.precision != 1.0:
+        raise EngineError(
+            "a tangent holds its prior in its own scale: its program takes Gaussian(1.0) and prior_precision='given'; "
+            "tune the precision when fitting the LoRA program"
+        )
 
 
 def fit_mode_on(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ from ..priors import Gaussian
 from ..rewards._subspaces import RowSpace, Sketch, Subspace
 from ._curvature import CurvatureKind
 from ._density import FeedbackDensity
-from ._derivatives import Derivatives
+from ._derivatives import Derivatives, digest
 from ._directions import LeadingDirections
 from ._group_evidence import tune_groups
 from ._grouped_design import ColumnGroups, GramGroups
@@ -81,29 +81,33 @@ def _renumbered(groups: Sequence[FeedbackGroup], place: Tensor) -> list[Feedback
     return [dataclasses.replace(g, items=place[g.items]) for g in groups]
 
 
-def precision_groups(sites: Sequence[str], by: str) -> list[str]:
+def precision_groups(sites: Sequence[str], by: str, head: Collection[str]) -> list[str]:
     """For each parameter site the name of the group that shares one prior precision.
 
     Args:
         sites: Parameter sites.
-        by: `"one"`; `"module"`, sites with the same last name whatever the layer (`query.lora_A`); or `"layer"`, sites
-            of the same numbered layer (`encoder.layer.3`). Sites outside numbered layers form the group `head`.
+        by: `"one"`; `"module"`, sites that differ in the number of their layer alone; or `"layer"`, sites of the same
+            numbered layer (`encoder.layer.3`).
+        head: Sites of the head, and of what else is trained whole: the group `head`.
 
     Example:
-        >>> precision_groups(["enc.layer.0.query.lora_A", "enc.layer.1.query.lora_A", "score.weight"], "module")
-        ['query.lora_A', 'query.lora_A', 'head']
-        >>> precision_groups(["enc.layer.0.query.lora_A", "score.weight"], "layer")
-        ['enc.layer.0', 'head']
+        >>> sites = ["enc.layer.0.query.lora_A", "enc.layer.1.query.lora_A", "score.weight"]
+        >>> precision_groups(sites, "module", {"score.weight"})
+        ['enc.layer.query.lora_A', 'enc.layer.query.lora_A', 'head']
+        >>> precision_groups(sites, "layer", {"score.weight"})
+        ['enc.layer.0', 'enc.layer.1', 'head']
     """
     names = []
     for site in sites:
         layer = re.match(r"(.*?\.\d+)\.", site)
         if by == "one":
             names.append("all")
-        elif layer is None:
+        elif site in head:
             names.append("head")
+        elif by == "module" or layer is None:
+            names.append(".".join(part for part in site.split(".") if not part.isdigit()))
         else:
-            names.append(layer[1] if by == "layer" else ".".join(site.split(".")[-2:]))
+            names.append(layer[1])
     return names
 
 
@@ -127,7 +131,7 @@ class Linearised:
     subspace: Subspace | None
     dual: Tensor | None
     latents: Tensor
-    evaluations: int
+    iterations: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +160,7 @@ def linearise_gram(
         latents: Start of the latents.
         settings: How prior precisions are found.
     """
-    names = precision_groups(derivatives.sites, settings.groups or "one")
+    names = precision_groups(derivatives.sites, settings.groups or "one", derivatives.network.head_sites)
     order = list(dict.fromkeys(names))
     columns = _group_of_column(derivatives, names, order)
     scale = _prior_scale(derivatives, prior)
@@ -167,7 +171,7 @@ def linearise_gram(
         offset += block @ shift[start:stop].double()
         whitened = block * scale[start:stop]
         grams[columns[start], :n, :n] += whitened @ whitened.T
-    factors, latents, evaluations = _tuned(
+    factors, latents, iterations = _tuned(
         density, GramGroups(list(grams), tuple(order)), contrasts.padded(offset), latents, settings
     )
     gram = torch.einsum("g,gij->ij", torch.exp(-factors), grams[:, :n, :n])
@@ -178,7 +182,7 @@ def linearise_gram(
     table = contrasts.padded(torch.cat([offset[:, None], design], dim=1))
     scale = scale * torch.exp(-0.5 * factors)[columns]
     tuned = _tuned_prior(prior, derivatives.sites, names, order, factors)
-    return Linearised(table, scale, tuned, None, vectors[:, kept] / roots, latents, evaluations)
+    return Linearised(table, scale, tuned, None, vectors[:, kept] / roots, latents, iterations)
 
 
 def row_space_basis(derivatives: Derivatives, contrasts: Contrasts, fitted: Linearised) -> RowSpace:
@@ -221,12 +225,12 @@ def linearise_in(
         shapes = [tuple(derivatives.network.sites[site].shape) for site in derivatives.sites]
         sums = LeadingDirections(shapes, subspace, device=derivatives.network.device, seed=settings.seed)
         derivatives.accumulate(
-            f"directions {subspace}", sums.state, lambda items, rows: sums.add(contrasts.differences(items, rows)[1])
-        )
-        name = f"coordinates {subspace}"
+            "directions", f"rank {subspace}, seed {settings.seed}, {digest(contrasts.items, contrasts.against)}",
+            sums.state, lambda items, rows: sums.add(contrasts.differences(items, rows)[1]),
+        )  # fmt: skip
         space: Subspace = sums.sketch(processes, derivatives.dtype)
     else:
-        name, space = "coordinates", subspace
+        space = subspace
     n = len(contrasts.items)
     design = torch.zeros(n, space.size, dtype=torch.float64)
     moved = torch.zeros(n, dtype=torch.float64)
@@ -237,14 +241,16 @@ def linearise_in(
         # The prior's deviation is one number a site, so that directions found before and after scaling agree.
         design[places] = space.coordinates(block).double().cpu()
 
-    derivatives.accumulate(name, {"design": design, "moved": moved}, locate)
+    decisive = digest(contrasts.items, contrasts.against, shift, *space.state().values())
+    derivatives.accumulate("coordinates", decisive, {"design": design, "moved": moved}, locate)
+    derivatives.forget("directions", "coordinates")
     design, moved = processes.total(design), processes.total(moved)
     rewards = derivatives.rewards
     if derivatives.jacobian is None:
         rewards = processes.total(rewards)
         derivatives.rewards = rewards
     offset = contrasts.relative(rewards.double()) + moved
-    names = precision_groups(derivatives.sites, settings.groups or "one")
+    names = precision_groups(derivatives.sites, settings.groups or "one", derivatives.network.head_sites)
     order = list(dict.fromkeys(names))
     site_of = _site_of_coordinate(derivatives, space)
     deviation = torch.tensor([prior.of(site) ** -0.5 for site in derivatives.sites], dtype=torch.float64)
@@ -256,11 +262,11 @@ def linearise_in(
         family: GramGroups | ColumnGroups = GramGroups([part @ part.T for part in parts], tuple(order))
     else:
         family = ColumnGroups(design, column_group, tuple(order))
-    factors, latents, evaluations = _tuned(density, family, contrasts.padded(offset), latents, settings)
+    factors, latents, iterations = _tuned(density, family, contrasts.padded(offset), latents, settings)
     table = torch.cat([contrasts.padded(offset)[:, None], design * torch.exp(-0.5 * factors)[column_group]], dim=1)
     scale = _prior_scale(derivatives, prior) * torch.exp(-0.5 * factors)[_group_of_column(derivatives, names, order)]
     tuned = _tuned_prior(prior, derivatives.sites, names, order, factors)
-    return Linearised(table, scale, tuned, space, None, latents, evaluations)
+    return Linearised(table, scale, tuned, space, None, latents, iterations)
 
 
 def _tuned(
@@ -270,14 +276,14 @@ def _tuned(
     latents: Tensor,
     settings: TuningSettings,
 ) -> tuple[Tensor, Tensor, int]:
-    """Log factors on the precisions of the groups, latents there, and evaluations of the evidence."""
+    """Log factors on the precisions of the groups, latents there, and Newton steps taken."""
     if settings.groups is None:
         return torch.zeros(family.num_groups, dtype=torch.float64), latents, 0
     found = tune_groups(
         density, family, offset, latents, tolerance=max(settings.tolerance, 1e-5),
         max_iterations=settings.max_iterations, curvature=settings.curvature, seed=settings.seed,
     )  # fmt: skip
-    return found.log_factors, found.mode.latents, found.evaluations
+    return found.log_factors, found.mode.latents, found.iterations
 
 
 def _tuned_prior(

@@ -103,8 +103,7 @@ def train_network(
     schema = FeedbackSchema.of(data, groups)
     density = FeedbackDensity(program, groups)
     network = program.reward.load(seed)
-    for site in network.sites:
-        program.prior.of(site)
+    program.prior.check(network.sites)
     if before is not None:
         before(network, density)
     report = train(network, program, data, density, training, seed=seed, progress=progress)
@@ -199,8 +198,8 @@ def _planned(engine: "Laplace", network: LoRANetwork, contrasts: int, items: int
         return plan_work(
             structure, {site: tuple(network.sites[site].shape) for site in sites}, items=items, contrasts=contrasts,
             memory_gib=engine.memory_gib, disk_gib=engine.disk_gib, sketch_rank=engine.sketch_rank,
-            precision_groups=len(set(precision_groups(sites, groups))),
-            itemsize=network.sites[sites[0]].element_size(), primal=engine.coordinates == "primal",
+            precision_groups=len(set(precision_groups(sites, groups, network.head_sites))),
+            itemsize=network.sites[sites[0]].element_size(), coordinates=engine.coordinates,
             prefer_disk=engine.training.output_dir is not None,
         )  # fmt: skip
 
@@ -219,9 +218,9 @@ def _fit_around(
     density: FeedbackDensity, plan: WorkPlan, *, seed: int,
 ) -> LinearFit:  # fmt: skip
     network, sites = trained.network, derivatives.sites
+    inner = Coordinates.PRIMAL if plan.in_all_weights else Coordinates.AUTO
     settings = OptimiserSettings(
-        engine.gradient_tolerance, engine.max_iterations, Coordinates(engine.coordinates), engine.memory_gib,
-        CurvatureKind(engine.curvature),
+        engine.gradient_tolerance, engine.max_iterations, inner, engine.memory_gib, CurvatureKind(engine.curvature),
     )  # fmt: skip
     tuning = TuningSettings(
         engine.precision_groups if engine.prior_precision == "marginal_likelihood" else None,
@@ -233,7 +232,7 @@ def _fit_around(
     arguments = (derivatives, contrasts, density, program.prior, shift, trained.report.latents, tuning)
     if engine.structure == "sketch":
         lin = linearise_in(engine.sketch_rank, *arguments)
-    elif engine.structure == "last_layer" or (engine.structure == "full" and plan.coordinates == plan.parameters):
+    elif engine.structure == "last_layer" or plan.in_all_weights:
         lin = linearise_in(WholeSpace(derivatives.columns), *arguments)
     else:
         lin = linearise_gram(*arguments)
@@ -249,7 +248,7 @@ def _fit_around(
     fitted = fit_mode_on(
         linear, density, trained.schema, lin.values, lin.latents, settings, PriorPrecision.GIVEN, seed=seed
     )  # fmt: skip
-    fitted.mode = dataclasses.replace(fitted.mode, iterations=fitted.mode.iterations + lin.evaluations)
+    fitted.mode = dataclasses.replace(fitted.mode, iterations=fitted.mode.iterations + lin.iterations)
     refinement = _refinement(trained, derivatives, contrasts, fitted, lin, (theta - center).double())
     check = None
     curvature = fitted.curvature(settings.curvature, seed)
@@ -265,10 +264,16 @@ def _fit_around(
                 for items, rows in derivatives.prompt_blocks(share=False)
             )
             rest = make_rest(whitened, trained.density.groups, curvature.rewards)
-            weights = center.double() + lin.scale * weights_at(derivatives, contrasts, lin, fitted.mode.z)
+            weights = center.double() + lin.scale * weights_at(derivatives, contrasts, lin, _whole_z(fitted))
             tangent = dataclasses.replace(tangent, center=weights.to(tangent.center), rest=rest)
             fitted = _without_coordinates(fitted, RewardModel(tangent, program.likelihood, Gaussian(1.0)))
     return LinearFit(fitted, plan, lin.prior, refinement, check, curvature.kind)
+
+
+def _whole_z(fitted: Fitted) -> Tensor:
+    """The mode in the tangent's coordinates, whatever coordinates the mode was found in."""
+    basis = fitted.whitening.basis
+    return fitted.mode.z if basis is None else basis @ fitted.mode.z
 
 
 def _refinement(
@@ -282,9 +287,7 @@ def _refinement(
     else:
         assert lin.subspace is not None
         z_0 = lin.subspace.coordinates(whitened[None].to(derivatives.network.device))[0].cpu()
-    z, latents = fitted.mode.z, trained.report.latents
-    if fitted.whitening.basis is not None:
-        z = fitted.whitening.basis @ z
+    z, latents = _whole_z(fitted), trained.report.latents
     value, g_items, g_latents = fitted.density.value_and_gradient(before, latents)
     along = lin.values[:, 1:].T @ g_items - z_0
     prior = float(whitened @ whitened)

@@ -158,6 +158,7 @@ def _tangent(config: dict[str, Any], folder: Path, tensors: dict[str, Tensor]) -
         held = {name.removeprefix("rest."): value.to(network.device) for name, value in own.items()}
         shapes = {site: tuple(network.sites[site].shape) for site in config["sites"]}
         rest = _COVARIANCES[config["rest"]].from_state(held, shapes)
+    network.set_initial(own["initial"])
     placed = {name: value.to(network.device) for name, value in own.items()}
     return Tangent(
         network,

@@ -1,4 +1,8 @@
-"""An approximate structure against the full posterior, on comparisons that neither has seen."""
+"""An approximate structure against the full posterior, on comparisons that are given to neither.
+
+Directions of a sketch and the mode are those of all comparisons, the asked ones too, so that the check is a little
+kinder than comparisons of new prompts would be. Latents are held at their mode on both sides.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -39,13 +43,18 @@ class CheckedRows:
         counts = [min(len(g.items), max(2, limit // len(groups)), (_GIVEN + _ASKED) // len(groups)) for g in groups]
         given, blocks, pairs, items = [], [], [], []
         for g, block, count in zip(groups, c.rewards, counts, strict=True):
-            rows = torch.randperm(len(g.items), generator=generator)[:count]
+            live = (g.weight > 0).nonzero()[:, 0]
+            rows = live[torch.randperm(len(live), generator=generator)[:count]]
+            count = len(rows)
             asked, kept = rows[: max(1, count // 4)], rows[max(1, count // 4) :]
             given.append(dataclasses.replace(g, items=g.items[kept], outcome=g.outcome[kept], weight=g.weight[kept]))
             blocks.append(block[kept])
             chosen = g.items[asked]
-            other = chosen[:, 1] if chosen.shape[1] > 1 else torch.full_like(chosen[:, 0], -1)
-            pairs.append(torch.stack([chosen[:, 0], other], dim=1))
+            if chosen.shape[1] > 1:
+                places = torch.rand(chosen.shape, generator=generator).argsort(1)[:, :2]
+                pairs.append(chosen.gather(1, places))
+            else:
+                pairs.append(torch.stack([chosen[:, 0], torch.full_like(chosen[:, 0], -1)], dim=1))
             items += [g.items[rows].reshape(-1)]
         unique = torch.unique(torch.cat(items))
         place = torch.full((int(unique.max()) + 2,), -1)

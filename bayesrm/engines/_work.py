@@ -25,6 +25,7 @@ class WorkPlan:
         derivatives: Where derivatives are kept: `"memory"`, `"disk"` or `"nowhere"` (computed again in each pass).
         memory_gib: Largest memory beside the network's own.
         disk_gib: Disk.
+        in_all_weights: Whether the coordinates are the weights themselves.
     """
 
     structure: str
@@ -36,6 +37,7 @@ class WorkPlan:
     derivatives: str
     memory_gib: float
     disk_gib: float
+    in_all_weights: bool = False
 
     def __str__(self) -> str:
         where = {
@@ -61,7 +63,7 @@ def plan_work(
     sketch_rank: int = 16,
     precision_groups: int = 1,
     itemsize: int = 4,
-    primal: bool = False,
+    coordinates: str = "auto",
     prefer_disk: bool = False,
 ) -> WorkPlan:
     """Plans the fit of a structure.
@@ -77,9 +79,11 @@ def plan_work(
         precision_groups: Number of groups of prior precisions.
         itemsize: Bytes of a derivative.
         prefer_disk: Whether derivatives go to disk even where they fit into memory, so that a killed fit can go on.
-        primal: Whether `full` works in all parameters even where comparisons are fewer.
+        coordinates: Whether `full` works in all parameters (`"primal"`), in the row space (`"dual"`) or the smaller.
     """
     parameters = sum(prod(shape) for shape in shapes.values())
+    in_all = coordinates == "primal" or (coordinates == "auto" and parameters <= contrasts)
+    whole = structure == "full" and in_all
     stored = items * parameters * itemsize / _GIB
     square = 8 * contrasts**2 / _GIB
     rank = min(contrasts, parameters)
@@ -92,7 +96,7 @@ def plan_work(
         sides = sum(side_numbers(n, sketch_rank) for shape in shapes.values() for n in _matrix(shape))
         working = min(rank, contrasts)
         need = 8 * (3 * contrasts * rank + 4 * working**2 + sides + rank * working) / _GIB
-    elif structure == "full" and (primal or parameters <= contrasts):
+    elif whole:
         rank = parameters
         need = 8 * (3 * contrasts * parameters + 4 * parameters**2) / _GIB
     else:
@@ -101,14 +105,14 @@ def plan_work(
             need += rank * parameters * itemsize / _GIB
         elif structure == "kron":
             need += kron_bytes(shapes) / _GIB
-    must_keep = structure in ("kron", "diag") or (structure == "full" and rank < parameters)
+    must_keep = structure in ("kron", "diag") or (structure == "full" and not whole)
     fits = need + stored <= 0.9 * memory_gib
     if fits and not (prefer_disk and stored <= disk_gib):
-        return WorkPlan(structure, items, contrasts, parameters, rank, 1, "memory", need + stored, 0.0)
+        return WorkPlan(structure, items, contrasts, parameters, rank, 1, "memory", need + stored, 0.0, whole)
     if fits or must_keep:
-        return WorkPlan(structure, items, contrasts, parameters, rank, 1, "disk", need, stored)
+        return WorkPlan(structure, items, contrasts, parameters, rank, 1, "disk", need, stored, whole)
     passes = 2 if structure == "sketch" else 1
-    return WorkPlan(structure, items, contrasts, parameters, rank, passes, "nowhere", need, 0.0)
+    return WorkPlan(structure, items, contrasts, parameters, rank, passes, "nowhere", need, 0.0, whole)
 
 
 def check_plan(plan: WorkPlan, alternatives: Sequence[WorkPlan], *, memory_gib: float, disk_gib: float) -> None:

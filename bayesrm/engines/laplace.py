@@ -71,12 +71,13 @@ class Laplace:
 
     Attributes:
         structure: A `Structure`; heads know `"full"` and `"diag"`. Structures that approximate are compared with `full`
-            on comparisons held out from both, see `FitReport.structure_check`.
+            on comparisons given to neither, see `FitReport.structure_check`.
         prior_precision: `"given"`, or `"marginal_likelihood"` to tune factors on the declared precisions.
         precision_groups: For LoRA, which sites share a factor: `"one"` for all, `"module"` (the same kind of matrix in
             every layer) or `"layer"`.
         sketch_rank: Directions on each side of a weight matrix that `sketch` keeps.
-        training: How LoRA weights are trained.
+        training: How LoRA weights are trained. With its `output_dir`, derivatives go there too, so that a killed fit
+            goes on, and stay there for further fits around the same weights.
         jacobian_batch_size: Sequences that are differentiated together.
         coordinates: `"primal"`, `"dual"` (row space; cheaper when comparisons are fewer than parameters) or `"auto"`.
         curvature: `"auto"`, `"observed"` or `"fisher"`, see `FitReport.curvature`.

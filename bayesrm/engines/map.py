@@ -72,7 +72,7 @@ class MAP:
         if self.prior_precision != "given":
             raise EngineError(
                 "`prior_precision='marginal_likelihood'` needs the curvature for a LoRA reward; "
-                "use Laplace(...) and the posterior's `plug_in()`"
+                "use prior_precision='given', or Laplace(...) and the posterior's `plug_in()`"
             )
         trained = train_network(program, data, self.training, seed=seed, progress=progress)
         batch_size = 2 * self.training.batch_size

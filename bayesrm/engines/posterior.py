@@ -33,7 +33,8 @@ class Posterior(abc.ABC):
     """A posterior over the reward function and the likelihood's latents.
 
     Attributes:
-        program: The reward model, with its prior as tuned.
+        program: The reward model, with its prior as tuned; of a language model the linear model that was fitted, whose
+            prior is in its reward's `scale`.
         schema: The kinds of feedback it was fitted on.
         report: How it was fitted.
     """
@@ -301,7 +302,7 @@ class Posterior(abc.ABC):
             check = r.structure_check
             lines.append(
                 f"  structure   against full: variance ratio {check['variance_ratio']:.2f}, "
-                f"rank correlation {check['rank_correlation']:.2f}"
+                f"rank correlation {check['rank_correlation']:.2f} ({check['num_probes']:.0f} comparisons)"
             )
         if r.training is not None:
             early = "" if r.training["steps"] >= r.training["planned_steps"] else "  STOPPED EARLY"
@@ -317,7 +318,8 @@ class Posterior(abc.ABC):
             flat = draws.reshape(len(draws), -1)
             low, mid, high = torch.quantile(flat, torch.tensor([0.05, 0.5, 0.95], dtype=flat.dtype), dim=0)
             shown = ", ".join(
-                f"{m:.3g} [{lo:.3g}, {hi:.3g}]" for lo, m, hi in zip(low[:4], mid[:4], high[:4], strict=True)
+                f"{m:.3g} [{lo:.3g}, {hi:.3g}]" if lo < hi else f"{m:.3g} (held at its mode)"
+                for lo, m, hi in zip(low[:4], mid[:4], high[:4], strict=True)
             )
             lines.append(f"  latent      {name} = {shown}" + (f", ... ({len(mid)} in all)" if len(mid) > 4 else ""))
         return "\n".join(lines)

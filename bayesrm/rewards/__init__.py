@@ -2,11 +2,12 @@
 
 from .features import FeatureExtractor, Pooling, TextInput
 from .heads import Head
+from .jacobians import per_sample_jacobian
 from .linear import Linear
 from .lora import LoRA
 from .lora_network import LoRANetwork
 from .mlp import MLP, Activation
-from .tangent import Tangent
+from .tangent import Tangent, TangentFeatures
 from .text_head import text_head
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "LoRANetwork",
     "Pooling",
     "Tangent",
+    "TangentFeatures",
     "TextInput",
+    "per_sample_jacobian",
     "text_head",
 ]

@@ -21,8 +21,8 @@ def encoder_of(settings: "LoRA") -> Encoder:
     )  # fmt: skip
 
 
-def load_classifier(settings: "LoRA", encoder: Encoder, seed: int) -> tuple[Any, list[str], set[str]]:
-    """The model with a scalar head, names of the head's modules, and names of the parameters the checkpoint lacked."""
+def load_classifier(settings: "LoRA", encoder: Encoder, seed: int) -> tuple[Any, list[str]]:
+    """The model with a scalar head, and the names of the modules that are trained whole."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = encoder.load(AutoConfig, "settings (config.json)", num_labels=1)
@@ -54,7 +54,7 @@ def load_classifier(settings: "LoRA", encoder: Encoder, seed: int) -> tuple[Any,
         with torch.no_grad():
             for parameter in model.get_submodule(final).parameters():
                 parameter.zero_()
-    return model, [*heads, *dict.fromkeys(new)], missing
+    return model, [*heads, *dict.fromkeys(new)]
 
 
 def final_layer(model: torch.nn.Module, heads: list[str]) -> str:
@@ -89,7 +89,8 @@ def with_adapters(settings: "LoRA", model: Any, trained_whole: list[str], seed: 
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
-        modules_to_save=trained_whole,
+        # peft appends to the list it is given.
+        modules_to_save=list(trained_whole),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     try:

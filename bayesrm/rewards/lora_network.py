@@ -30,18 +30,22 @@ class LoRANetwork(torch.nn.Module):
         settings: The settings it was loaded from.
         model: The peft model: frozen weights, adapters and head. Weights move with training; everything here follows.
         initial: Prior mean of each parameter site.
+        head_sites: Sites of the head, and of what else is trained whole.
     """
 
     def __init__(self, settings: LoRA, *, seed: int = 0) -> None:
         super().__init__()
         self.settings = settings
         self._encoder = encoder_of(settings)
-        base, trained_whole, _ = load_classifier(settings, self._encoder, seed)
+        base, trained_whole = load_classifier(settings, self._encoder, seed)
         self._two_parts = bool(getattr(base.config, "is_encoder_decoder", False))
         self._positions = accepts(base, "position_ids")
         self._settle_padding(base)
         heads = [name for name in trained_whole if "." not in name]
         self._final = final_layer(base, heads)
+        brought = {
+            name: p.detach().clone() for name, p in base.named_parameters() if name.startswith(tuple(trained_whole))
+        }
         self.model = with_adapters(settings, base, trained_whole, seed)
         self._settle_precision()
         if settings.gradient_checkpointing:
@@ -49,7 +53,13 @@ class LoRANetwork(torch.nn.Module):
         device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(device)
         self.eval()
-        self.initial = {name: self._center(name, p) for name, p in self.sites.items()}
+        self.head_sites = frozenset(site for site in self.sites if not re.search(r"\.lora_\w+$", site))
+        if missing := [name for name in trained_whole if not any(s.startswith(name) for s in self.head_sites)]:
+            raise ArgumentError(
+                f"`adapter` {settings.adapter!r} was saved without {missing[0]!r}, which would stay untrained; save it "
+                "with `modules_to_save`, or train anew without `adapter`"
+            )
+        self.initial = {name: self._center(name, p, brought) for name, p in self.sites.items()}
 
     def _settle_padding(self, base: Any) -> None:
         tokenizer, config = self._encoder.tokenizer, base.config
@@ -92,12 +102,12 @@ class LoRANetwork(torch.nn.Module):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(wanted)
 
-    def _center(self, site: str, parameter: Tensor) -> Tensor:
+    def _center(self, site: str, parameter: Tensor, brought: Mapping[str, Tensor]) -> Tensor:
+        """Prior mean of a site: where it starts; where a trained adapter is the start, where it may have started."""
+        if site in brought:
+            return brought[site].to(parameter)
         value = parameter.detach().clone()
-        fresh = self.settings.adapter is not None and (
-            site.endswith(".lora_B") or site.rsplit(".", 1)[0] == self._final
-        )
-        return torch.zeros_like(value) if fresh else value
+        return torch.zeros_like(value) if self.settings.adapter is not None and site.endswith(".lora_B") else value
 
     @cached_property
     def sites(self) -> dict[str, torch.nn.Parameter]:
@@ -138,6 +148,12 @@ class LoRANetwork(torch.nn.Module):
     def initial_theta(self) -> Tensor:
         """Prior mean of all trainable parameters, shape `(P,)`."""
         return torch.cat([value.reshape(-1) for value in self.initial.values()])
+
+    def set_initial(self, vector: Tensor) -> None:
+        """Sets the prior mean of all trainable parameters, shape `(P,)`."""
+        parts = vector.split([value.numel() for value in self.initial.values()])
+        for (site, value), part in zip(self.initial.items(), parts, strict=True):
+            self.initial[site] = part.reshape(value.shape).to(value)
 
     def tokenize(self, prompts: Sequence[Content], responses: Sequence[Content], *, start: int = 0) -> list[np.ndarray]:
         """Token sequences of items, int64, special tokens included.

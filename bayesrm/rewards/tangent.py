@@ -167,7 +167,7 @@ class Tangent:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to save beside the network's adapter and the settings."""
-        tensors = {"center": self.center, "scale": self.scale}
+        tensors = {"center": self.center, "scale": self.scale, "initial": self.network.initial_theta()}
         tensors |= {} if self.subspace is None else self.subspace.state()
         return tensors | ({} if self.rest is None else {f"rest.{k}": v for k, v in self.rest.state().items()})
 

@@ -133,6 +133,20 @@ class TestFull:
         torch.testing.assert_close(a.covariance, b.covariance, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(c.mean, b.mean, rtol=0, atol=1e-7)
 
+    def test_its_program_refuses_what_would_leave_the_rest_of_its_prior_behind(self, exact, path, data):
+        posterior, _ = exact
+        with pytest.raises(EngineError, match="holds its prior in its own scale"):
+            brm.fit(posterior.program, data, inference=brm.Laplace(prior_precision="marginal_likelihood"))
+        other = dataclasses.replace(posterior.program, prior=brm.priors.Gaussian(5.0))
+        with pytest.raises(EngineError, match="holds its prior in its own scale"):
+            brm.fit(other, data)
+        with pytest.raises(EngineError, match="no coordinates"):
+            brm.fit(fit(path, data, structure="diag").program, data)
+
+    def test_a_prior_for_no_site_is_refused(self, path, data):
+        with pytest.raises(ArgumentError, match=r"'\*lora_C', which fits no parameter site"):
+            fit(path, data, precision={"*lora_C": 5.0, "*": 1.0})
+
     def test_primal_and_dual_agree(self, path):
         # 24 weights against 80 comparisons: one adapter of rank 1 on one module, then both coordinates are possible.
         lora = {"target_modules": ("layer.1.attention.self.query",)}
@@ -228,6 +242,15 @@ class TestStructures:
             expected = (jacobian.numpy() / np.diag(dense.hessian)) @ jacobian.numpy().T
             np.testing.assert_allclose(a.covariance[0, :3, :3], expected, rtol=1e-6)
             assert cheap.report.log_evidence is None
+
+    @pytest.mark.parametrize("structure", ["full", "sketch", "last_layer", "kron", "diag"])
+    def test_coordinates_move_no_mean(self, path, data, structure):
+        few = data.select(np.arange(12))
+        known = ("auto", "primal") if structure == "diag" else ("auto", "primal", "dual")
+        beliefs = [fit(path, few, structure=structure, coordinates=c).predict(PROMPTS, CANDIDATES) for c in known]
+        for other in beliefs[1:]:
+            torch.testing.assert_close(other.mean, beliefs[0].mean, rtol=0, atol=1e-7)
+            torch.testing.assert_close(other.covariance, beliefs[0].covariance, rtol=1e-6, atol=1e-8)
 
     def test_a_posterior_of_ties_conditions_or_integrates_its_latent(self, path, data):
         rng = np.random.default_rng(0)
@@ -450,6 +473,8 @@ class TestPersistence:
         posterior.save_pretrained(tmp_path / "run")
         belief = posterior.predict(PROMPTS, CANDIDATES)
         again = brm.Posterior.from_pretrained(tmp_path / "run")
+        networks = (again.program.reward.network, posterior.program.reward.network)
+        assert torch.equal(*(network.initial_theta() for network in networks))
         assert again.summary() == posterior.summary()
         other = again.predict(PROMPTS, CANDIDATES)
         torch.testing.assert_close(other.mean, belief.mean, rtol=0, atol=1e-6)

@@ -101,16 +101,30 @@ def test_a_second_fit_reads_the_derivatives_and_other_weights_do_not(path, block
         fit(path, tmp_path, structure="full", seed=1)
 
 
+def test_sums_of_other_settings_are_not_used(path, blocks, tmp_path):
+    """A pass that died with one rank of the sketch starts again with another."""
+    calls, limit = blocks
+    memory = too_little_to_keep_derivatives(path, 8)
+    limit[0] = 4
+    with pytest.raises(KeyboardInterrupt):
+        fit(path, tmp_path, structure="sketch", sketch_rank=2, memory_gib=memory)
+    calls.clear()
+    limit[0] = 10_000
+    fit(path, tmp_path, structure="sketch", sketch_rank=1, memory_gib=memory)
+    assert len(calls) == 13
+    assert not list(tmp_path.glob("directions.*"))
+
+
 def test_damaged_sums_are_named(path, blocks, tmp_path):
     calls, limit = blocks
     settings = {"structure": "sketch", "sketch_rank": 2, "memory_gib": too_little_to_keep_derivatives(path, 8)}
     limit[0] = 3
     with pytest.raises(KeyboardInterrupt):
         fit(path, tmp_path, **settings)
-    [file] = tmp_path.glob("directions-2.*.safetensors")
+    [file] = tmp_path.glob("directions.*.safetensors")
     file.write_bytes(b"nonsense")
     limit[0] = 10_000
-    with pytest.raises(PersistenceError, match=r"directions-2\.0\.safetensors"):
+    with pytest.raises(PersistenceError, match=r"directions\.0\.safetensors"):
         fit(path, tmp_path, **settings)
     assert calls
 

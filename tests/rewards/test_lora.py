@@ -96,6 +96,13 @@ class TestNetwork:
             if site.endswith("lora_A"):
                 assert torch.equal(value, first.sites[site].detach())
 
+    def test_an_adapter_without_a_head_is_refused(self, tmp_path):
+        path = models.bert(tmp_path / "base")
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+        peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["query"])).save_pretrained(tmp_path / "adapter")
+        with pytest.raises(ArgumentError, match="saved without 'classifier'"):
+            LoRA(path, adapter=str(tmp_path / "adapter")).load(0)
+
     def test_a_head_that_the_checkpoint_brings_is_kept(self, tmp_path):
         path = models.llama(tmp_path / "base")
         model = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
@@ -104,6 +111,10 @@ class TestNetwork:
         transformers.AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "rm")
         network = LoRA(str(tmp_path / "rm")).load(0)
         assert torch.equal(network.initial["score.weight"], model.score.weight.detach())
+        moved(network).save_adapter(tmp_path / "adapter")
+        trained = LoRA(str(tmp_path / "rm"), adapter=str(tmp_path / "adapter")).load(0)
+        assert torch.equal(trained.theta(), network.theta())
+        assert torch.equal(trained.initial["score.weight"], model.score.weight.detach())
 
 
 class TestSequences:
