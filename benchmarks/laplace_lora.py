@@ -5,8 +5,8 @@ Every contender is a process of its own, all with the same trained weights; they
 medians of the ratios inside a round. Peak resident memory of each contender's own work is printed beside. Measured:
 
 - predictive mean and variance of texts against the plain forward pass, and against laplace-torch's GLM predictive;
-- fitting on 400 pairs, training apart, against laplace-torch's Kronecker posterior (given batches of like length). Ours
-  is timed with loading and tokenizing, laplace-torch's without;
+- fitting on 400 pairs, training apart, against laplace-torch's Kronecker posterior on a plain loader in the order of
+  the data. Ours is timed with loading and tokenizing, laplace-torch's without;
 - variances of held-out candidates and of pair differences under each structure against `full`;
 - training against TRL's RewardTrainer in its default order of the data, on the pairs that TRL keeps: it drops those
   with a response longer than its `max_length`, which are counted.
@@ -204,12 +204,11 @@ class LaplaceTorch(Contender):
         from laplace.curvature import CurvlinopsGGN
         from torch.utils.data import DataLoader
 
-        pairs = sorted(self.pairs, key=lambda row: -max(map(len, row)))
         self.posterior = Laplace(
             self.model, "reward_modeling", subset_of_weights="all", hessian_structure="kron", backend=CurvlinopsGGN,
             prior_precision=PRECISION,
         )  # fmt: skip
-        self.posterior.fit(DataLoader(pairs, batch_size=BATCH, collate_fn=self.model.collate))
+        self.posterior.fit(DataLoader(self.pairs, batch_size=BATCH, collate_fn=self.model.collate))
         return self.size.pairs
 
     def prepare(self) -> None:
