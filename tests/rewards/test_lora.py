@@ -10,7 +10,7 @@ import transformers
 
 import bayesrm as brm
 from bayesrm.errors import ArgumentError, DataError, EngineError
-from bayesrm.rewards import LoRA
+from bayesrm.rewards import LoRA, lora_network
 from bayesrm.rewards.jacobians import per_sample_jacobian
 
 from . import lora_models as models
@@ -52,6 +52,29 @@ class TestNetwork:
         alone = torch.cat([network(**network.collate([s])) for s in sequences])
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
         assert together.std() > 0.05
+
+    def test_training_in_parts_of_like_length_changes_neither_rewards_nor_gradients(self, family, monkeypatch):
+        name, path = family
+        side = "left" if name in DECODERS else "right"
+        network = moved(LoRA(path, rank=3, dtype="float64", padding_side=side).load(0))
+        batch = network.collate(network.tokenize(*models.texts(6)))
+        weights = torch.arange(1.0, 7.0, dtype=torch.float64)
+
+        def gradients():
+            found = torch.autograd.grad((network(**batch) * weights).sum(), list(network.sites.values()))
+            return torch.cat([g.reshape(-1) for g in found])
+
+        expected, expected_gradients = network(**batch), gradients()
+        widths = []
+        network.model.register_forward_pre_hook(
+            lambda _module, _args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        monkeypatch.setitem(lora_network._LEAST_TOKENS, "cpu", 1)
+        monkeypatch.setattr(lora_network, "_WORTHWHILE", 1.0)
+        network.train()
+        torch.testing.assert_close(network(**batch), expected, rtol=0, atol=1e-12)
+        assert len(set(widths)) > 1
+        torch.testing.assert_close(gradients(), expected_gradients, rtol=1e-10, atol=1e-10)
 
     def test_left_and_right_padding_agree_for_decoders_and_left_is_refused_for_others(self, family):
         name, path = family
