@@ -36,18 +36,22 @@ if TYPE_CHECKING:
     from .backend import dist, ops, plate, sample
     from .beliefs import RewardBelief
     from .data import Comparisons, Conversations, Corrections, Demonstrations
-    from .engines import MAP, Laplace, Posterior, Training, fit
+    from .engines import MAP, NUTS, SVI, Ensemble, ImportanceSampling, Laplace, Posterior, Training, fit
     from .errors import BayesRMError
     from .programs import RewardModel
     from .selection import select
 
 __all__ = [
     "MAP",
+    "NUTS",
+    "SVI",
     "BayesRMError",
     "Comparisons",
     "Conversations",
     "Corrections",
     "Demonstrations",
+    "Ensemble",
+    "ImportanceSampling",
     "Laplace",
     "Posterior",
     "RewardBelief",
@@ -77,7 +81,7 @@ _HOMES = {
     "backend": ("dist", "ops", "plate", "sample"),
     "beliefs": ("RewardBelief",),
     "data": ("Comparisons", "Conversations", "Corrections", "Demonstrations"),
-    "engines": ("MAP", "Laplace", "Posterior", "Training", "fit"),
+    "engines": ("MAP", "NUTS", "SVI", "Ensemble", "ImportanceSampling", "Laplace", "Posterior", "Training", "fit"),
     "errors": ("BayesRMError",),
     "programs": ("RewardModel",),
     "selection": ("select",),

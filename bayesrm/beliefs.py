@@ -94,7 +94,7 @@ class RewardBelief:
 
     @classmethod
     def concatenate(cls, parts: Sequence["RewardBelief"]) -> "RewardBelief":
-        """Beliefs about the prompts of several beliefs, one after another, none of them made of draws.
+        """Beliefs about the prompts of several beliefs, one after another; all of them made of as many draws, or none.
 
         Example:
             >>> one = RewardBelief(torch.zeros(1, 2), torch.zeros(1, 2, 2))
@@ -102,17 +102,23 @@ class RewardBelief:
             >>> RewardBelief.concatenate([one, three]).mask.sum(1).tolist()
             [2, 3]
         """
-        if not parts or any(part.draws is not None for part in parts):
-            raise ArgumentError("`parts` must hold at least one belief, none made of draws")
+        counts = {None if part.draws is None else len(part.draws) for part in parts}
+        if len(counts) != 1:
+            raise ArgumentError(
+                f"`parts` holds {len(parts)} beliefs with numbers of draws {sorted(map(str, counts))}; give at least "
+                "one, and beliefs that are all made of as many draws, or all of none"
+            )
         most = max(part.mean.shape[1] for part in parts)
-        rank = max(part.root.shape[2] for part in parts)
         pad = torch.nn.functional.pad
-        sizes = [(most - part.mean.shape[1], rank - part.root.shape[2]) for part in parts]
-        return cls(
-            torch.cat([pad(part.mean, (0, k)) for part, (k, _) in zip(parts, sizes, strict=True)]),
-            torch.cat([pad(part.root, (0, r, 0, k)) for part, (k, r) in zip(parts, sizes, strict=True)]),
-            torch.cat([pad(part.valid, (0, k)) for part, (k, _) in zip(parts, sizes, strict=True)]),
-        )
+        extra = [most - part.mean.shape[1] for part in parts]
+        mask = torch.cat([pad(part.valid, (0, k)) for part, k in zip(parts, extra, strict=True)])
+        drawn = [pad(part.draws, (0, k)) for part, k in zip(parts, extra, strict=True) if part.draws is not None]
+        if drawn:
+            return cls.from_draws(torch.cat(drawn, dim=1), mask)
+        rank = max(part.root.shape[2] for part in parts)
+        means = [pad(part.mean, (0, k)) for part, k in zip(parts, extra, strict=True)]
+        roots = [pad(part.root, (0, rank - part.root.shape[2], 0, k)) for part, k in zip(parts, extra, strict=True)]
+        return cls(torch.cat(means), torch.cat(roots), mask)
 
     @property
     def valid(self) -> Bool[Tensor, "prompts candidates"]:

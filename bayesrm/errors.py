@@ -44,5 +44,9 @@ class ConvergenceWarning(UserWarning):
     """Optimisation stopped before it reached the stated gradient norm: the result is not the mode of the posterior."""
 
 
+class ParetoWarning(UserWarning):
+    """Importance weights have too heavy a tail: what was averaged with them is not reliable."""
+
+
 class LikelihoodChangedWarning(UserWarning):
     """The source of a likelihood differs from the source it was fitted with."""

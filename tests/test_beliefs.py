@@ -271,3 +271,18 @@ def test_lower_bound_mean_and_thompson():
     bound = lower_bound(belief, 1.5)
     torch.testing.assert_close(bound[1, :3], single.mean[0] - 1.5 * single.differences().std[0])
     assert torch.equal(thompson(belief, seed=5), belief.sample(1, seed=5)[0])
+
+
+def test_beliefs_made_of_draws_are_concatenated_draw_by_draw():
+    draws = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    whole = RewardBelief.from_draws(torch.nn.functional.pad(draws, (0, 1)), torch.arange(5).expand(3, 5) < 4)
+    last = torch.nn.functional.pad(draws[:, 2:], (0, 1))
+    parts = [
+        RewardBelief.from_draws(draws[:, :2]),
+        RewardBelief.from_draws(last, torch.tensor([[True, True, True, True, False]])),
+    ]
+    together = RewardBelief.concatenate(parts)
+    for name in ("mean", "root", "mask", "draws"):
+        torch.testing.assert_close(getattr(together, name), getattr(whole, name))
+    with pytest.raises(ArgumentError, match="`parts` holds 2 beliefs with numbers of draws"):
+        RewardBelief.concatenate([parts[0], RewardBelief(torch.zeros(1, 2), torch.zeros(1, 2, 1))])

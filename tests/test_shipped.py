@@ -32,9 +32,9 @@ LIKELIHOODS = {
 
 
 def test_names():
-    assert _shipped.names("models") == sorted([*LIKELIHOODS, "lora_bradley_terry"])
+    assert _shipped.names("models") == sorted([*LIKELIHOODS, "gaussian_process", "lora_bradley_terry"])
     structures = ["laplace_diag", "laplace_full", "laplace_kron", "laplace_last_layer", "laplace_sketch"]
-    assert _shipped.names("inference") == [*structures, "map"]
+    assert _shipped.names("inference") == ["corrected_laplace", "ensemble", *structures, "map", "nuts", "svi"]
 
 
 @pytest.mark.parametrize("name", sorted(LIKELIHOODS))
@@ -59,6 +59,16 @@ def test_adapters_need_an_encoder_and_no_settings_of_features():
         brm.rewards.text_head(encoder="any/model", lora_rank=4, hidden=(8,))
 
 
+def test_gaussian_process_has_its_defaults_and_no_settings_of_other_heads():
+    build = _shipped.load_build("models", "gaussian_process")
+    assert build() == brm.RewardModel(brm.rewards.GaussianProcess(), brm.likelihoods.BradleyTerry())
+    expected = brm.rewards.GaussianProcess(kernel="matern52", lengthscale=2.0)
+    assert build(kernel="matern52", lengthscale=2.0).reward == expected
+    for wrong in ({"hidden": (3,)}, {"encoder": "any/model", "lora_rank": 4}):
+        with pytest.raises(ArgumentError, match="settings of other rewards"):
+            build(**wrong)
+
+
 @pytest.mark.parametrize("name", ["label_noise", "length_bias", "rater_reliability"])
 def test_ties_are_optional(name):
     assert _shipped.load_build("models", name)(ties=True).likelihood.base == brm.likelihoods.Davidson()
@@ -73,6 +83,10 @@ def test_ties_are_optional(name):
             for structure in ("diag", "kron", "last_layer", "sketch")
         ),
         ("map", brm.MAP(prior_precision="marginal_likelihood")),
+        ("corrected_laplace", brm.ImportanceSampling(brm.Laplace(prior_precision="marginal_likelihood"))),
+        ("ensemble", brm.Ensemble()),
+        ("nuts", brm.NUTS()),
+        ("svi", brm.SVI()),
     ],
 )
 def test_engine_has_its_defaults(name, engine):
@@ -96,7 +110,9 @@ def test_file_is_short_cited_and_documented(kind, name):
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ArgumentError, match=r"no engine `magic`; it is one of laplace_diag, laplace_full, .*, map, or"):
+    with pytest.raises(
+        ArgumentError, match=r"no engine `magic`; it is one of .*laplace_diag, laplace_full, .*, map, .*or"
+    ):
         _shipped.locate("inference", "magic")
     with pytest.raises(ArgumentError, match=r"no program file absent\.py"):
         _shipped.locate("models", "absent.py")

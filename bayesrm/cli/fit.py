@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
         "Fits a program to feedback and saves its posterior. With PROGRAM and ENGINE, --help shows their flags.",
     )
     add_program(parser)
-    names = ", ".join(_shipped.names("inference"))
+    names = ", ".join([*_shipped.names("inference"), *_shipped.registered()])
     parser.add_argument("engine_name", metavar="ENGINE", help=f"one of {names}, or a path to a .py file with `build`")
     add_data(parser)
     parser.add_argument("-o", "--output", metavar="RUN", required=True, help="folder to save the posterior to")

@@ -1,18 +1,113 @@
-"""Is the posterior calibrated, and where does it guess? Functions of arrays and predictions; intervals over prompts."""
+"""Is the posterior right, calibrated, and where does it guess? Functions of arrays and predictions, figures on top.
 
+Intervals are over prompts: rows of one prompt are not independent.
+"""
+
+from ..engines.psis import PSIS, k_hat_threshold, pareto_smooth
+from ._report import report
 from .bootstrap import Estimate, bootstrap
-from .calibration import Reliability, Scores, brier_score, reliability, score, top_label
+from .brier import BrierDecomposition, brier_decomposition, brier_score
+from .calibration import CalibrationCheck, check_calibration
+from .convergence import Convergence, convergence, of_chains
+from .coverage import Coverage, coverage
+from .events import Events, predicted_events, randomised_pit, top_label
+from .feedback_statistics import (
+    STATISTICS,
+    Feedback,
+    Statistic,
+    agreement_by_annotator,
+    approval_rate,
+    first_place_entropy,
+    first_position_rate,
+    intransitive_triads,
+    longest_wins_rate,
+    predicted_best_rate,
+    rater_agreement,
+    rating_levels,
+    tie_rate,
+    tie_rate_by_difference,
+)
+from .loo import LeaveOneOut, LeaveOut, loo
+from .model_comparison import Ranked, Ranking, compare
 from .ood import auroc, ood_auroc
+from .plots import (
+    ecdf_band,
+    plot_chain_ranks,
+    plot_coverage,
+    plot_ecdf_difference,
+    plot_familiarity,
+    plot_pit,
+    plot_predictive_check,
+    plot_ranks,
+    plot_reliability,
+    plot_trace,
+)
+from .predictive_checks import PredictiveCheck, all_predictive_checks, predictive_check
+from .reliability import Reliability, reliability
+from .sbc import SBC, simulation_based_calibration
+from .scores import Scores, score, score_by_kind
 
 __all__ = [
+    "PSIS",
+    "SBC",
+    "STATISTICS",
+    "BrierDecomposition",
+    "CalibrationCheck",
+    "Convergence",
+    "Coverage",
     "Estimate",
+    "Events",
+    "Feedback",
+    "LeaveOneOut",
+    "LeaveOut",
+    "PredictiveCheck",
+    "Ranked",
+    "Ranking",
     "Reliability",
     "Scores",
+    "Statistic",
+    "agreement_by_annotator",
+    "all_predictive_checks",
+    "approval_rate",
     "auroc",
     "bootstrap",
+    "brier_decomposition",
     "brier_score",
+    "check_calibration",
+    "compare",
+    "convergence",
+    "coverage",
+    "ecdf_band",
+    "first_place_entropy",
+    "first_position_rate",
+    "intransitive_triads",
+    "k_hat_threshold",
+    "longest_wins_rate",
+    "loo",
+    "of_chains",
     "ood_auroc",
+    "pareto_smooth",
+    "plot_chain_ranks",
+    "plot_coverage",
+    "plot_ecdf_difference",
+    "plot_familiarity",
+    "plot_pit",
+    "plot_predictive_check",
+    "plot_ranks",
+    "plot_reliability",
+    "plot_trace",
+    "predicted_best_rate",
+    "predicted_events",
+    "predictive_check",
+    "randomised_pit",
+    "rater_agreement",
+    "rating_levels",
     "reliability",
+    "report",
     "score",
+    "score_by_kind",
+    "simulation_based_calibration",
+    "tie_rate",
+    "tie_rate_by_difference",
     "top_label",
 ]

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 
+#: Resamples whose multiplicities are held at once.
+_CHUNK = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -67,3 +70,27 @@ def bootstrap(
         draws[b] = statistic(np.concatenate([members[c] for c in chosen]))
     low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(statistic(np.arange(len(codes)))), float(low), float(high), level)
+
+
+def redrawn(
+    statistic: Callable[..., NDArray[np.float64]],
+    sums: tuple[NDArray[np.float64], NDArray[np.float64]],
+    num_resamples: int,
+    seed: int,
+) -> tuple[float, NDArray[np.float64]]:
+    """A statistic of sums over prompts, and its values as the prompts are redrawn, shape `(num_resamples,)`.
+
+    Args:
+        statistic: A function of how often each prompt was drawn, shape `(resamples, prompts)`, and the sums; it returns
+            shape `(resamples,)`. One product with such a matrix takes the place of gathering rows for each resample.
+        sums: Two arrays with a row for each prompt.
+        num_resamples: Number of resamples.
+        seed: Seed.
+    """
+    count = len(sums[0])
+    rng = np.random.default_rng(seed)
+    draws = np.empty(num_resamples)
+    for start in range(0, num_resamples, _CHUNK):
+        part = draws[start : start + _CHUNK]
+        part[:] = statistic(rng.multinomial(count, np.full(count, 1 / count), len(part)).astype(np.float64), *sums)
+    return float(statistic(np.ones((1, count)), *sums)[0]), draws

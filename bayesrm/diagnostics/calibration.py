@@ -1,167 +1,206 @@
-"""Calibration of predicted feedback: accuracy, negative log likelihood, Brier score, expected calibration error."""
+"""Are predicted probabilities right? Consistency bars, a test, and the calibration error without its bias."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ..engines.prediction import FeedbackPrediction
 from ..errors import ArgumentError
-from .bootstrap import Estimate, bootstrap
-
-
-def brier_score(probs: Float[Tensor, "rows outcomes"], observed: Int[Tensor, "rows"]) -> Float[Tensor, "rows"]:
-    """Squared distance of the predicted probabilities from the observed outcome, in [0, 2] (Brier 1950).
-
-    Example:
-        >>> brier_score(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
-        tensor([0.5000])
-    """
-    target = torch.nn.functional.one_hot(observed, probs.shape[1]).to(probs.dtype)
-    return (probs - target).square().sum(1)
+from .bootstrap import Estimate, redrawn
+from .brier import BrierDecomposition, brier_decomposition
+from .events import Events
+from .reliability import Reliability, _bins, reliability
 
 
 @dataclasses.dataclass(frozen=True)
-class Reliability:
-    """A reliability diagram: in each bin, how sure the predictions were and how often they were right.
+class CalibrationCheck:
+    """A reliability diagram with what is needed to judge it.
+
+    The plain ECE is positive even for perfect predictions, and a bootstrap adds the same bias once more, so its naive
+    percentile interval lies too high and never reaches 0. Two numbers take its place. `p_value` compares the ECE with
+    what perfect calibration would have shown on these rows. `error` estimates the root mean squared gap without that
+    bias, and its interval begins at 0 where no miscalibration shows.
 
     Attributes:
-        confidence: Mean predicted probability of the bin, shape `(bins,)`.
-        frequency: Observed frequency, shape `(bins,)`.
-        count: Rows in the bin, weighted, shape `(bins,)`.
+        curve: The reliability diagram.
+        low: Lower end of the consistency bars, shape `(bins,)`: where frequencies would fall if every event happened
+            with its stated probability, rows independently of each other (Broecker & Smith, Weather and Forecasting
+            2007).
+        high: Their upper end, shape `(bins,)`.
+        level: Coverage of the bars, for each bin by itself.
+        ece: Expected calibration error of the diagram.
+        expected_ece: Its mean under perfect calibration.
+        p_value: Chance of an ECE at least as large under perfect calibration.
+        error: Debiased root mean squared calibration error with its interval over prompts; negative squares count as 0.
+        squared_error: The same before the root: an unbiased estimate, which may be negative.
+        brier: The Brier score of the events in parts.
     """
 
-    confidence: NDArray[np.float64]
-    frequency: NDArray[np.float64]
-    count: NDArray[np.float64]
+    curve: Reliability
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    level: float
+    ece: float
+    expected_ece: float
+    p_value: float
+    error: Estimate
+    squared_error: Estimate
+    brier: BrierDecomposition
 
-    @property
-    def ece(self) -> float:
-        """Expected calibration error: mean absolute gap, bins weighted by their rows."""
-        return float(np.average(np.abs(self.confidence - self.frequency), weights=self.count))
-
-
-def reliability(
-    probability: NDArray[np.float64],
-    occurred: NDArray[np.float64],
-    *,
-    weight: NDArray[np.float64] | None = None,
-    num_bins: int = 10,
-) -> Reliability:
-    """Reliability diagram of predicted probabilities of an event, in bins of equal numbers of rows.
-
-    Args:
-        probability: Predicted probability of the event, shape `(rows,)`.
-        occurred: Whether it occurred, 0 or 1, shape `(rows,)`.
-        weight: Weight of each row, shape `(rows,)`; 1 by default.
-        num_bins: Number of bins; fewer when there are fewer rows.
-
-    Raises:
-        ArgumentError: Shapes disagree, or there are no rows.
-
-    Example:
-        >>> round(reliability(np.array([0.2, 0.2, 0.8, 0.8]), np.array([0.0, 1.0, 1.0, 1.0]), num_bins=2).ece, 2)
-        0.25
-    """
-    if probability.shape != occurred.shape or len(probability) == 0:
-        raise ArgumentError(
-            f"`probability` has shape {probability.shape}, `occurred` {occurred.shape}; give equal, non-empty ones"
+    def __str__(self) -> str:
+        return (
+            f"ECE {self.ece:.3f} ({self.expected_ece:.3f} if calibrated, p = {self.p_value:.2g}), debiased {self.error}"
         )
-    weight = np.ones(len(probability)) if weight is None else weight
-    order = np.argsort(probability, kind="stable")
-    order = order[weight[order] > 0]
-    bins = [b for b in np.array_split(order, min(num_bins, len(order))) if len(b)]
-    return Reliability(
-        np.array([np.average(probability[b], weights=weight[b]) for b in bins]),
-        np.array([np.average(occurred[b], weights=weight[b]) for b in bins]),
-        np.array([weight[b].sum() for b in bins]),
-    )
 
 
-def top_label(prediction: FeedbackPrediction) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Probability of the likeliest outcome, whether it occurred, and the row, where outcomes are enumerated."""
-    confidence, occurred, rows = [], [], []
-    for group in prediction.groups:
-        if group.probs is None or group.observed is None:
-            continue
-        top, label = group.probs.max(1)
-        confidence.append(top.numpy())
-        occurred.append((label == group.observed).numpy().astype(np.float64))
-        rows.append(group.rows.numpy())
-    if not rows:
-        raise ArgumentError(
-            "no row has outcomes that can be enumerated; calibration of the likeliest outcome is undefined"
-        )
-    return np.concatenate(confidence), np.concatenate(occurred), np.concatenate(rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """How well feedback was predicted, each number with a bootstrap interval over prompts.
-
-    Attributes:
-        accuracy: Share of rows whose likeliest outcome occurred.
-        nll: Mean negative log predictive probability, nats a row.
-        brier: Mean Brier score.
-        ece: Expected calibration error of the likeliest outcome, 10 bins of equal size. It is positive even for perfect
-            predictions; compare it between models on the same rows.
-    """
-
-    accuracy: Estimate
-    nll: Estimate
-    brier: Estimate
-    ece: Estimate
-
-
-def score(
-    prediction: FeedbackPrediction,
+def check_calibration(
+    events: Events,
     prompts: NDArray[np.int64],
     *,
+    num_bins: int = 10,
     num_resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-) -> Scores:
-    """Accuracy, NLL, Brier score and ECE of predicted feedback, rows weighted, with intervals over prompts.
+) -> CalibrationCheck:
+    """Reliability of events with consistency bars, a test of calibration, and the error without bias.
+
+    The squared gap of a bin is estimated from products of gaps of *different* prompts, which has no bias; with one
+    event a prompt this is the debiased estimator of Kumar, Liang & Ma (NeurIPS 2019, 1909.10155), with the variance of
+    the gap in place of the label's. Its interval redraws prompts, and products of a prompt with its own copy stay out.
+    Bins are those of all the data. Near 0 the interval is wider than it need be, elsewhere it covers at its level.
+
+    The test, unlike the interval, takes rows as independent given their probabilities: where many rows judge the same
+    responses, it rejects too often.
 
     Args:
-        prediction: From `posterior.predict_feedback(data)`.
-        prompts: Prompt of each row, `data.prompt_of_row`, shape `(rows,)`.
-        num_resamples: Bootstrap resamples.
-        level: Coverage of the intervals.
-        seed: Seed of the bootstrap.
+        events: From `predicted_events(prediction)`.
+        prompts: Prompt of each row of the data, `data.prompt_of_row`, shape `(rows,)`.
+        num_bins: Number of bins of equal numbers of events.
+        num_resamples: Resamples for bars, test and interval.
+        level: Coverage of bars and interval.
+        seed: Seed.
+
+    Raises:
+        ArgumentError: There are fewer than two prompts, or no event counts.
     """
-    weight = prediction.weight.numpy()
-    nll = -prediction.log_prob.numpy()
-    correct = prediction.correct.numpy()
-    brier = np.full(len(nll), np.nan)
-    for group in prediction.groups:
-        if group.probs is not None and group.observed is not None:
-            brier[group.rows.numpy()] = brier_score(group.probs, group.observed).numpy()
-    confidence, occurred = np.full(len(nll), np.nan), np.full(len(nll), np.nan)
-    top, hit, rows = top_label(prediction)
-    confidence[rows], occurred[rows] = top, hit
-
-    def ece(index: NDArray[np.int64]) -> float:
-        known = index[~np.isnan(confidence[index]) & (weight[index] > 0)]
-        if not len(known):
-            return float("nan")
-        return reliability(confidence[known], occurred[known], weight=weight[known]).ece
-
-    def interval(values: NDArray[np.float64]) -> Estimate:
-        def mean(index: NDArray[np.int64]) -> float:
-            known = index[~np.isnan(values[index]) & (weight[index] > 0)]
-            if not len(known):
-                return float("nan")
-            return float(np.average(values[known], weights=weight[known]))
-
-        return bootstrap(mean, prompts, num_resamples=num_resamples, level=level, seed=seed)
-
-    return Scores(
-        accuracy=interval(correct),
-        nll=interval(nll),
-        brier=interval(brier),
-        ece=bootstrap(ece, prompts, num_resamples=num_resamples, level=level, seed=seed),
+    events = events.counted()
+    curve = reliability(events.probability, events.occurred, weight=events.weight, num_bins=num_bins)
+    bin_of = _bin_of(events, num_bins)
+    rng = np.random.default_rng(seed)
+    draw = _redraw(events)
+    frequencies = np.empty((num_resamples, len(curve.count)))
+    for s in range(num_resamples):
+        frequencies[s] = np.bincount(bin_of, events.weight * draw(rng), minlength=len(curve.count)) / curve.count
+    eces = np.average(np.abs(frequencies - curve.confidence), axis=1, weights=curve.count)
+    low, high = np.quantile(frequencies, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    sums = _cluster_sums(events, prompts, bin_of)
+    squared = _squared_interval(sums, num_resamples, level, seed)
+    return CalibrationCheck(
+        curve,
+        low,
+        high,
+        level,
+        curve.ece,
+        float(eces.mean()),
+        # Rounding must not decide between an ECE and its equal.
+        float((1 + (eces >= curve.ece - 1e-12).sum()) / (1 + num_resamples)),
+        _root(squared),
+        squared,
+        brier_decomposition(events, num_bins=num_bins),
     )
+
+
+def _bin_of(events: Events, num_bins: int) -> NDArray[np.int64]:
+    bin_of = np.empty(len(events.rows), np.int64)
+    for i, members in enumerate(_bins(events.probability, events.weight, num_bins)):
+        bin_of[members] = i
+    return bin_of
+
+
+def _redraw(events: Events) -> Callable[[np.random.Generator], NDArray[np.float64]]:
+    """A function that draws which events occur if each has its stated probability, those of a row exclusive."""
+    _, row = np.unique(events.rows, return_inverse=True)
+    order = np.argsort(row, kind="stable")
+    total = np.cumsum(events.probability[order])
+    starts = np.flatnonzero(np.diff(row[order], prepend=-1))
+    before = (
+        total
+        - events.probability[order]
+        - np.repeat(total[starts] - events.probability[order][starts], np.diff(starts, append=len(order)))
+    )
+    low = np.empty_like(before)
+    low[order] = before
+
+    def draw(rng: np.random.Generator) -> NDArray[np.float64]:
+        u = rng.random(len(starts))[row]
+        return ((u >= low) & (u < low + events.probability)).astype(np.float64)
+
+    return draw
+
+
+def _cluster_sums(
+    events: Events, prompts: NDArray[np.int64], bin_of: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weighted sums of gaps, and of weights, of each prompt in each bin, both of shape `(prompts, bins)`."""
+    _, cluster = np.unique(prompts[events.rows], return_inverse=True)
+    shape = (int(cluster.max()) + 1, int(bin_of.max()) + 1)
+    if shape[0] < 2:
+        raise ArgumentError(f"`prompts` names {shape[0]} prompt; intervals over prompts need at least 2")
+    cell = cluster * shape[1] + bin_of
+    gap = events.weight * (events.probability - events.occurred)
+    size = shape[0] * shape[1]
+    gaps: NDArray[np.float64] = np.bincount(cell, gap, size).astype(np.float64).reshape(shape)
+    return gaps, np.bincount(cell, events.weight, size).astype(np.float64).reshape(shape)
+
+
+def _squared_error(
+    copies: NDArray[np.float64], gap: NDArray[np.float64], weight: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Mean over bins of the squared gap, from products of different prompts, shape `(resamples,)`.
+
+    Args:
+        copies: How often each prompt was drawn, shape `(resamples, prompts)`.
+        gap: From `_cluster_sums`.
+        weight: From `_cluster_sums`.
+    """
+    total = copies @ weight
+    products = (copies @ gap) ** 2 - copies**2 @ gap**2
+    pairs = total**2 - copies**2 @ weight**2
+    # A bin that holds one prompt alone has no product of different ones, and no say.
+    known = pairs > 1e-9 * total**2
+    squared = np.divide(products, pairs, out=np.zeros_like(products), where=known)
+    share = (total * known).sum(1)
+    mean: NDArray[np.float64] = np.full(len(copies), np.nan)
+    np.divide((total * squared).sum(1), share, out=mean, where=share > 0)
+    return mean
+
+
+def _absolute_error(
+    copies: NDArray[np.float64], gap: NDArray[np.float64], weight: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    error: NDArray[np.float64] = np.abs(copies @ gap).sum(1) / (copies @ weight).sum(1)
+    return error
+
+
+def _squared_interval(
+    sums: tuple[NDArray[np.float64], NDArray[np.float64]], num_resamples: int, level: float, seed: int
+) -> Estimate:
+    value, draws = redrawn(_squared_error, sums, num_resamples, seed)
+    if np.isnan(value):
+        return Estimate(value, value, value, level)
+    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(low), float(high), level)
+
+
+def _absolute_interval(
+    sums: tuple[NDArray[np.float64], NDArray[np.float64]], num_resamples: int, level: float, seed: int
+) -> Estimate:
+    value, draws = redrawn(_absolute_error, sums, num_resamples, seed)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) - (draws.mean() - value)
+    return Estimate(value, max(0.0, float(low)), float(high), level)
+
+
+def _root(squared: Estimate) -> Estimate:
+    low, value, high = (float(np.maximum(v, 0.0) ** 0.5) for v in (squared.low, squared.value, squared.high))
+    return Estimate(value, low, high, squared.level)

@@ -31,6 +31,8 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, Any]]):
         step_size: Batches that one step of the optimiser takes, on all processes together.
         group_by_length: Whether rows of similar length come together.
         seed: Seed of the order.
+        numbered: Whether batches carry their `number` in the run, from which random numbers can follow that stay the
+            same when the run is resumed.
 
     Raises:
         ArgumentError: There are fewer rows than batches in one step.
@@ -46,9 +48,10 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, Any]]):
         step_size: int,
         group_by_length: bool,
         seed: int,
+        numbered: bool = False,
     ) -> None:
         self._network, self._density, self._sequences, self._seed = network, density, sequences, seed
-        self._group_by_length = group_by_length
+        self._group_by_length, self._numbered = group_by_length, numbered
         lengths = np.array([len(s) for s in sequences])
         self._items = [g.items.cpu().numpy() for g in density.groups]
         self._rows = [np.flatnonzero((g.weight > 0).cpu().numpy()) for g in density.groups]
@@ -63,7 +66,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Draws the partition of an epoch; accelerate calls this."""
-        self.plan = self._draw(epoch)
+        self._epoch, self.plan = epoch, self._draw(epoch)
 
     def _draw(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         rng = np.random.default_rng([self._seed, epoch])
@@ -90,7 +93,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, Any]]):
             "sequences": self._network.collate([self._sequences[i] for i in items]),
             "places": torch.from_numpy(places.reshape(len(rows), -1)).to(device),
             "feedback": self._density.of_groups([part, *self._companions[group]]),
-        }
+        } | ({"number": self._epoch * len(self) + index} if self._numbered else {})
 
 
 def select_rows(group: FeedbackGroup, rows: torch.Tensor) -> FeedbackGroup:

@@ -17,6 +17,9 @@ from ..errors import LikelihoodError
 from ..likelihoods.base import outcomes_of
 from ..programs import RewardModel
 
+#: Rewards of draws are evaluated for about this many numbers at once.
+_TOGETHER = 2**22
+
 
 @dataclasses.dataclass(frozen=True)
 class LatentSite:
@@ -97,6 +100,7 @@ class FeedbackDensity:
         )
         self.groups = [_legal(g, outcomes_of(d)) for g, d in zip(self.groups, distributions, strict=True)]
         self._tiled: dict[int, FeedbackDensity] = {1: self}
+        self._vectorises = True
         self._check(distributions)
 
     def _check(self, distributions: Sequence[Any]) -> None:
@@ -213,6 +217,54 @@ class FeedbackDensity:
         for d, g in zip(distributions, self.groups, strict=True):
             total = total + _weighted(d.log_prob(g.outcome), g.weight).sum()
         return total
+
+    def log_joints(self, item_rewards: Tensor, latents: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
+        """`log_joint` of many draws, shape `(S,)`, of item rewards `(S, items)` and latents `(S, Q)`.
+
+        Draws without latents are rows of one large table. A likelihood is written for one value of its latents: draws
+        with latents go through `torch.func.vmap`, or one by one where the likelihood branches on values.
+
+        Args:
+            item_rewards: Rewards of the items.
+            latents: Unconstrained latents.
+            weights: Weights of the rows of each group for each draw, `(S, rows)`, in place of the groups' own.
+        """
+        size = max(1, sum(g.items.numel() for g in self.groups))
+        if weights is None:
+            weights = [g.weight.expand(len(latents), -1) for g in self.groups]
+        if self.num_latents:
+            return self._log_joints_with_latents(item_rewards, latents, weights, max(1, _TOGETHER // size))
+        totals = []
+        for rewards, *given in zip(
+            *(x.split(max(1, _TOGETHER // size)) for x in (item_rewards, *weights)), strict=True
+        ):
+            tiled = self.tiled(len(rewards)) if len(rewards) > 1 else self
+            chosen = [rewards[:, g.items].flatten(0, 1) for g in self.groups]
+            distributions, _ = tiled.distributions(chosen, rewards.new_zeros(0))
+            total = rewards.new_zeros(len(rewards))
+            for d, g, w in zip(distributions, tiled.groups, given, strict=True):
+                total = total + _weighted(d.log_prob(g.outcome).reshape(w.shape), w).sum(1)
+            totals.append(total)
+        return torch.cat(totals)
+
+    def _log_joints_with_latents(
+        self, item_rewards: Tensor, latents: Tensor, weights: Sequence[Tensor], together: int
+    ) -> Tensor:
+        def one(rewards: Tensor, u: Tensor, *given: Tensor) -> Tensor:
+            distributions, total = self.distributions(self.gather(rewards), u)
+            for d, g, w in zip(distributions, self.groups, given, strict=True):
+                total = total + _weighted(d.log_prob(g.outcome), w).sum()
+            return total
+
+        arguments = (item_rewards, latents, *weights)
+        if len(latents) > 1 and self._vectorises:
+            try:
+                parts = zip(*(x.split(together) for x in arguments), strict=True)
+                return torch.cat([torch.func.vmap(one)(*part) for part in parts])
+            except RuntimeError:
+                # What vmap cannot do; an error of the likelihood's own comes again below.
+                self._vectorises = False
+        return torch.stack([one(*draw) for draw in zip(*arguments, strict=True)])
 
     def value_and_gradient(self, item_rewards: Tensor, latents: Tensor) -> tuple[float, Tensor, Tensor]:
         """The log joint with its gradients in the items' rewards, shape `(items,)`, and the latents, shape `(Q,)`."""

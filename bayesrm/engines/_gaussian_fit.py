@@ -90,6 +90,15 @@ def fit_mode(
     progress: bool,
 ) -> Fitted:
     """Finds the mode of a program, tuning its prior precision on the way if asked."""
+    schema, density, raw = prepare(program, data, prior, progress=progress)
+    _check_memory(len(raw), _num_parameters(program, raw), density.groups, settings)
+    return fit_mode_on(program, density, schema, raw, density.initial_latents, settings, prior, seed=seed)
+
+
+def prepare(
+    program: RewardModel, data: Comparisons, prior: PriorPrecision, *, progress: bool
+) -> tuple[FeedbackSchema, FeedbackDensity, Tensor]:
+    """Checks that program and data fit together; the density of the feedback, and features of the items in float64."""
     _check_tangent(program, prior)
     groups = data.groups()
     if not any(bool((g.weight > 0).any()) for g in groups):
@@ -101,8 +110,7 @@ def fit_mode(
     bad = ~torch.isfinite(raw).all(1)
     if bool(bad.any()):
         raise DataError(f"features of item {int(bad.nonzero()[0, 0])} are not finite")
-    _check_memory(len(raw), _num_parameters(program, raw), groups, settings)
-    return fit_mode_on(program, density, schema, raw, density.initial_latents, settings, prior, seed=seed)
+    return schema, density, raw
 
 
 def _check_tangent(program: RewardModel, prior: PriorPrecision) -> None:
@@ -157,7 +165,7 @@ def _locate(
 ) -> Fitted:
     """The tangent at the mode of the network, found from `point`; a linear head is its own tangent, taken at zero."""
     center, spread = program.standardisation(raw, density.groups)
-    scale = _prior_scale(program, raw)
+    scale = prior_scale(program, raw)
     norm, steps = float("inf"), 0
     if point is None:
         point = initial_parameters(program, raw.shape[1], scale, seed=seed)
@@ -209,7 +217,7 @@ def _num_parameters(program: RewardModel, raw: Tensor) -> int:
     return sum(math.prod(shape) for shape in program.head.parameter_shapes(raw.shape[1]).values())
 
 
-def _prior_scale(program: RewardModel, raw: Tensor) -> Tensor:
+def prior_scale(program: RewardModel, raw: Tensor) -> Tensor:
     """Prior standard deviation of every parameter, shape `(P,)`."""
     parts = [
         torch.full((int(torch.Size(shape).numel()),), program.prior.of(site) ** -0.5, dtype=torch.float64)

@@ -21,13 +21,15 @@ from ..errors import LikelihoodChangedWarning, PersistenceError
 from ..likelihoods import base as likelihoods
 from ..priors import Gaussian
 from ..programs import RewardModel
-from ..rewards import MLP, FeatureExtractor, Linear, LoRA
+from ..rewards import MLP, FeatureExtractor, KernelHead, Linear, LoRA
 from ..rewards._subspaces import subspace_from
 from ..rewards.heads import head_config
 from ..rewards.tangent import Tangent
 from ._kron import DiagCovariance, KronCovariance
 from ._schema import FeedbackSchema
+from .draws_posterior import DrawsPosterior
 from .gaussian_posterior import GaussianPosterior
+from .network_posterior import NetworkDraws, NetworkPosterior
 from .posterior import Posterior
 from .report import FitReport
 
@@ -36,7 +38,11 @@ _SETTINGS, _TENSORS, _MANIFEST = "posterior.json", "posterior.safetensors", "man
 _ADAPTER = "adapter"
 _HEADS = {"Linear": Linear, "MLP": MLP}
 _COVARIANCES: dict[str, Any] = {"KronCovariance": KronCovariance, "DiagCovariance": DiagCovariance}
-_POSTERIORS = {"GaussianPosterior": GaussianPosterior}
+_POSTERIORS: dict[str, Any] = {
+    "GaussianPosterior": GaussianPosterior,
+    "DrawsPosterior": DrawsPosterior,
+    "NetworkPosterior": NetworkPosterior,
+}
 
 
 def save(posterior: Posterior, path: str | Path) -> None:
@@ -59,7 +65,7 @@ def save(posterior: Posterior, path: str | Path) -> None:
     try:
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
         safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / _TENSORS)
-        if isinstance(posterior.program.head, Tangent):
+        if isinstance(posterior.program.head, Tangent | NetworkDraws):
             posterior.program.head.network.save_adapter(folder / _ADAPTER)
         files = {str(f.relative_to(folder)): _digest(f) for f in sorted(folder.rglob("*")) if f.is_file()}
         manifest = {"format": "bayesrm.posterior", "version": FORMAT_VERSION, "sha256": files}
@@ -116,7 +122,8 @@ def load(path: str | Path, likelihood: Any = None) -> Posterior:
     schema = FeedbackSchema(tuple(settings["schema"]["kinds"]), tuple(settings["schema"]["annotators"]))
     report = FitReport(**settings["report"])
     cls = _POSTERIORS[settings["type"]]
-    return cls._restore(program, schema, report, tensors)
+    posterior: Posterior = cls._restore(program, schema, report, tensors)
+    return posterior
 
 
 def _program_config(program: RewardModel) -> dict[str, Any]:
@@ -126,16 +133,25 @@ def _program_config(program: RewardModel) -> dict[str, Any]:
         likelihood = likelihoods.to_config(program.likelihood)
     if isinstance(program.head, Tangent):
         return {"reward": _tangent_config(program.head), "likelihood": likelihood, "prior": {"precision": 1.0}}
+    if isinstance(program.head, NetworkDraws):
+        reward = {
+            "type": "NetworkDraws",
+            "lora": program.head.network.settings.to_config() | {"device": None},
+            "batch_size": program.head.batch_size,
+        }
+        return {"reward": reward, "likelihood": likelihood, "prior": _prior_config(program.prior)}
+    if isinstance(program.head, KernelHead):
+        return {"reward": program.head.to_config(), "likelihood": likelihood, "prior": _prior_config(program.prior)}
     if type(program.head).__name__ not in _HEADS:
         raise PersistenceError(
             f"a reward function of type {type(program.head).__name__} cannot be saved; use one of {sorted(_HEADS)}"
         )
-    precision = program.prior.precision
-    return {
-        "reward": head_config(program.head),
-        "likelihood": likelihood,
-        "prior": {"precision": dict(precision) if isinstance(precision, Mapping) else precision},
-    }
+    return {"reward": head_config(program.head), "likelihood": likelihood, "prior": _prior_config(program.prior)}
+
+
+def _prior_config(prior: Gaussian) -> dict[str, Any]:
+    precision = prior.precision
+    return {"precision": dict(precision) if isinstance(precision, Mapping) else precision}
 
 
 def _tangent_config(tangent: Tangent) -> dict[str, Any]:
@@ -172,6 +188,12 @@ def _tangent(config: dict[str, Any], folder: Path, tensors: dict[str, Tensor]) -
     )
 
 
+def _network_draws(config: dict[str, Any], folder: Path, tensors: dict[str, Tensor]) -> NetworkDraws:
+    network = LoRA.from_config(config["lora"] | {"adapter": str(folder / _ADAPTER)}).load()
+    network.set_initial(tensors["initial"])
+    return NetworkDraws(network, tensors["draws"], config["batch_size"])
+
+
 def _program(
     config: dict[str, Any], given: Any, folder: Path, tensors: dict[str, Tensor]
 ) -> tuple[RewardModel, list[str]]:
@@ -179,6 +201,11 @@ def _program(
     head: Any
     if reward["type"] == "Tangent":
         head = _tangent(reward, folder, tensors)
+    elif reward["type"] == "KernelHead":
+        own = {k.removeprefix("kernel."): v for k, v in tensors.items() if k.startswith("kernel.")}
+        head = KernelHead.from_config(reward, own)
+    elif reward["type"] == "NetworkDraws":
+        head = _network_draws(reward, folder, tensors)
     else:
         extractor = None if reward["features"] is None else FeatureExtractor.from_config(reward["features"])
         # JSON has no tuples.

@@ -23,7 +23,7 @@ from ._batches import MicroBatches
 from ._density import FeedbackDensity, _weighted
 from ._processes import Processes
 from ._run_folder import RunFolder, load_state, save_state
-from .training import Training
+from .training import Objective, Training
 
 _WEIGHTS = "weights.safetensors"
 
@@ -58,6 +58,25 @@ class JointLoss(torch.nn.Module):
         )
         self.constant = -log_normaliser / num_rows
         self.training = network.training
+
+    @property
+    def beside(self) -> Tensor:
+        """What is trained beside the network's weights, in one vector, float64, on the CPU: the latents, `(Q,)`."""
+        latents = self._no_latents if self.latents is None else self.latents
+        return latents.detach().cpu().clone()
+
+    @beside.setter
+    def beside(self, vector: Tensor) -> None:
+        if self.latents is not None:
+            with torch.no_grad():
+                self.latents.copy_(vector)
+
+    def parameter_groups(self, training: Training) -> list[dict[str, Any]]:
+        """What the optimiser trains, with learning rates that differ from the weights'."""
+        groups: list[dict[str, Any]] = [{"params": list(self.network.sites.values())}]
+        if self.latents is not None:
+            groups.append({"params": [self.latents], "lr": training.latent_learning_rate})
+        return groups
 
     def train(self, mode: bool = True) -> "JointLoss":
         """Sets the mode; the Trainer asks for it before every micro-batch, and the modules are many."""
@@ -123,11 +142,8 @@ class JointTrainer(transformers.Trainer):  # type: ignore[misc]
                 raise ArgumentError(
                     f"`arguments` sets optim={self.args.optim!r}, which cannot train a LoRA reward here"
                 )
-            groups = [{"params": list(loss.network.sites.values()), "weight_decay": 0.0}]
-            if loss.latents is not None:
-                rate = self._training.latent_learning_rate
-                groups.append({"params": [loss.latents], "weight_decay": 0.0, "lr": rate})
-            self.optimizer = kind(groups, **settings)
+            groups = loss.parameter_groups(self._training)
+            self.optimizer = kind([group | {"weight_decay": 0.0} for group in groups], **settings)
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -149,25 +165,16 @@ class JointTrainer(transformers.Trainer):  # type: ignore[misc]
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_state(folder / _WEIGHTS, self.model.network, current_latents(self.model))
+            save_state(folder / _WEIGHTS, self.model.network, self.model.beside)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        latents = load_state(Path(resume_from_checkpoint) / _WEIGHTS, self.model.network)
-        if self.model.latents is not None:
-            with torch.no_grad():
-                self.model.latents.copy_(latents)
+        self.model.beside = load_state(Path(resume_from_checkpoint) / _WEIGHTS, self.model.network)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self._folder is not None:
             checkpoint = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             self._folder.complete(checkpoint, self._training.save_total_limit)
-
-
-def current_latents(loss: JointLoss) -> Tensor:
-    """Unconstrained latents of the likelihood, shape `(Q,)`, float64, on the CPU."""
-    latents = loss._no_latents if loss.latents is None else loss.latents
-    return latents.detach().cpu().clone()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +219,7 @@ class TrainerRun:
         folder: RunFolder | None,
         *,
         num_rows: int,
+        objective: Objective | None = None,
     ) -> Outcome:
         """Trains the network in place; `num_rows` is N, `place` is where the Trainer may write."""
         network, training = self.network, self.training
@@ -228,9 +236,10 @@ class TrainerRun:
         batches = MicroBatches(
             network, density, sequences, batch_size=training.batch_size, seed=self.seed,
             step_size=max(1, arguments.world_size) * training.gradient_accumulation_steps,
-            group_by_length=training.group_by_length,
+            group_by_length=training.group_by_length, numbered=objective is not None,
         )  # fmt: skip
-        loss = JointLoss(network, program, density, num_rows=num_rows, num_batches=len(batches))
+        make_loss = JointLoss if objective is None else objective.loss
+        loss = make_loss(network, program, density, num_rows=num_rows, num_batches=len(batches))
         trainer = JointTrainer(
             model=loss, args=arguments, train_dataset=batches, callbacks=list(training.callbacks),
             training=training, folder=folder,
@@ -241,7 +250,7 @@ class TrainerRun:
         result = trainer.train(resume_from_checkpoint=resumed_from)
         state = trainer.state
         return Outcome(
-            latents=current_latents(loss),
+            latents=loss.beside,
             steps=state.global_step,
             planned_steps=state.max_steps,
             epochs=float(state.epoch or 0.0),

@@ -1,10 +1,13 @@
 """What an inference engine is, and `fit`."""
 
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 from ..data import Comparisons
 from ..errors import ArgumentError, DataError
 from ..programs import RewardModel
+from ._digest import feedback_digest
+from ._gaussian_process import bound
 from .laplace import Laplace
 from .posterior import Posterior
 
@@ -22,14 +25,20 @@ class Engine(Protocol):
 
 
 def fit(
-    model: RewardModel, data: Comparisons, *, inference: Engine | None = None, seed: int = 0, progress: bool = False
+    model: RewardModel,
+    data: Comparisons,
+    *,
+    inference: Engine | str | None = None,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Posterior:
     """The posterior of a declared model given feedback.
 
     Args:
         model: The program, for instance a `RewardModel`.
         data: The feedback it explains.
-        inference: The engine, `Laplace()` by default.
+        inference: The engine, `Laplace()` by default; or the name of one with its default settings, see
+            `engines.available`.
         seed: Seed of everything random in the fit. No global random state is touched.
         progress: Whether to show progress.
 
@@ -48,6 +57,10 @@ def fit(
     """
     if not isinstance(model, RewardModel):
         raise ArgumentError(f"`model` is a {type(model).__name__}; it must be a program such as RewardModel")
+    if isinstance(inference, str):
+        from .registry import make
+
+        inference = make(inference)
     engine: Any = Laplace() if inference is None else inference
     if isinstance(engine, type) or not isinstance(engine, Engine):
         hint = "; call it to make settings, for instance Laplace()" if isinstance(engine, type) else ""
@@ -61,5 +74,7 @@ def fit(
         raise ArgumentError(f"`seed` is {seed!r}; it is a non-negative integer")
     if len(data) == 0:
         raise DataError("the data hold no rows of feedback")
-    posterior: Posterior = engine.fit(model, data, seed=seed, progress=progress)
+    program, encoded = bound(model, data, engine, seed=seed, progress=progress)
+    posterior: Posterior = engine.fit(program, encoded, seed=seed, progress=progress)
+    posterior.report = dataclasses.replace(posterior.report, data_digest=feedback_digest(data))
     return posterior

@@ -1,7 +1,8 @@
 """Gaussian posteriors of a tangent model: Laplace's approximation, and the point that MAP returns."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from ..beliefs import RewardBelief, covariance_root
 from ..data.groups import FeedbackGroup
 from ..errors import ArgumentError
 from ..programs import RewardModel
-from ..rewards.heads import unflatten
+from ..rewards import KernelHead, ProjectedHead
+from ..rewards.heads import Head, unflatten
 from ..rewards.tangent import Tangent, whole_prompts
 from ._adapter_draws import save_draws, weight_draws
 from ._schema import FeedbackSchema
@@ -99,8 +101,8 @@ class GaussianPosterior(Posterior):
     def plug_in(self) -> "GaussianPosterior":
         """The same mode without its uncertainty: what MAP would return."""
         program, expansion = self.program, self._expansion
-        if isinstance(program.head, Tangent):
-            program = dataclasses.replace(program, reward=dataclasses.replace(program.head, uncertain_rest=False))
+        if isinstance(program.head, ProjectedHead):
+            program = dataclasses.replace(program, reward=program.head.without_rest())
             expansion = dataclasses.replace(expansion, program=program)
         return GaussianPosterior(program, self.schema, self.report, expansion, self._whitening, self.mode, factor=None)
 
@@ -140,6 +142,66 @@ class GaussianPosterior(Posterior):
             raise ArgumentError(f"`num_samples` is {num_samples}; at least 1 draw is needed")
         z = self._coordinate_draws(num_samples, seed)
         return save_draws(tangent, weight_draws(tangent, z, seed=seed + 1, rest=rest), Path(folder))
+
+    def _joint_draws(
+        self, features: Tensor, sizes: Sequence[int], outside: Tensor | None, num_samples: int, seed: int
+    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        w = self._whitening
+        generator = torch.Generator().manual_seed(seed)
+        x, stats = self.coordinate_draws(num_samples, generator)
+        z, latents = x[:, : w.size], x[:, w.size :]
+        rewards = self.rewards_at(features, z)
+        if self.factor is not None:
+            complement = w.complement(self._expansion.jacobian(features))
+            if complement is not None:
+                rewards += _normal(num_samples, complement.shape[1], generator) @ complement.T
+        if outside is not None:
+            parts = outside.split(list(sizes))
+            rewards += torch.cat([_normal(num_samples, o.shape[1], generator) @ o.T for o in parts], dim=1)
+        informed = w.size > 0 or not isinstance(self.program.head, Tangent)
+        return rewards, latents, stats if informed else {}
+
+    def rewards_at(self, features: Tensor, z: Tensor) -> Tensor:
+        """Rewards of items at draws of the coordinates `(S, R)` by the linear model, shape `(S, items)`."""
+        w = self._whitening
+        jacobian = self._expansion.jacobian(features)
+        base = self._expansion.rewards(features) + jacobian @ (w.center - self._expansion.point)
+        return base + z @ w.design(jacobian).T
+
+    def coordinate_draws(
+        self, num_samples: int, generator: torch.Generator, *, degrees_of_freedom: float | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draws of (z, unconstrained latents), shape `(S, R + Q)`, with their log densities.
+
+        Args:
+            num_samples: Number of draws S.
+            generator: Random numbers.
+            degrees_of_freedom: Draw from a Student t distribution around the same point with the same scale matrix
+                instead, whose tails are heavier.
+
+        Returns:
+            The draws, and `log_q` and `log_prior`, the log densities of the draws and of z under the prior, shape
+            `(S,)`; nothing for a point.
+        """
+        if self.factor is None:
+            return self.mode.expand(num_samples, -1), {}
+        size, dimension = self._whitening.size, len(self.mode)
+        noise = _normal(num_samples, dimension, generator)
+        factor = self.factor
+        log_scale = (factor if factor.dim() == 1 else factor.diagonal()).log().sum()
+        if degrees_of_freedom is None:
+            log_q = -0.5 * noise.square().sum(1) - 0.5 * dimension * math.log(2 * math.pi)
+        else:
+            # chi^2 with any number of degrees of freedom, from the generator at hand.
+            df = torch.full((num_samples,), 0.5 * degrees_of_freedom, dtype=torch.float64)
+            chi2 = 2.0 * torch._standard_gamma(df, generator=generator)
+            noise = noise * (degrees_of_freedom / chi2).sqrt()[:, None]
+            log_q = _log_student(noise, degrees_of_freedom)
+        dense = factor.dim() == 2
+        x = self.mode + (torch.linalg.solve_triangular(factor.T, noise.T, upper=True).T if dense else noise / factor)
+        z = x[:, :size]
+        log_prior = -0.5 * z.square().sum(1) - 0.5 * size * math.log(2 * math.pi)
+        return x, {"log_q": log_q + log_scale, "log_prior": log_prior}
 
     def _coordinate_draws(self, num_samples: int, seed: int) -> Tensor:
         """Draws of the reward function's parameters in whitened coordinates, the basis's complement included."""
@@ -290,8 +352,7 @@ class GaussianPosterior(Posterior):
             "prior_scale": w.scale,
             "mode": self.mode,
         }
-        if isinstance(self.program.head, Tangent):
-            tensors |= {f"tangent.{name}": value for name, value in self.program.head.state().items()}
+        tensors |= head_state(self.program.head)
         if w.basis is not None:
             tensors["basis"] = w.basis
         if self.factor is not None:
@@ -305,6 +366,24 @@ class GaussianPosterior(Posterior):
         expansion = Expansion(program, tensors["point"], tensors["feature_center"], tensors["feature_scale"])
         whitening = Whitening(tensors["prior_mean"], tensors["prior_scale"], tensors.get("basis"))
         return cls(program, schema, report, expansion, whitening, tensors["mode"], tensors.get("factor"))
+
+
+def _normal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+
+def _log_student(x: Tensor, df: float) -> Tensor:
+    """Log density of the standard multivariate t distribution, shape `(S,)`, of x of shape `(S, d)`."""
+    d = x.shape[1]
+    constant = math.lgamma(0.5 * (df + d)) - math.lgamma(0.5 * df) - 0.5 * d * math.log(df * math.pi)
+    return constant - 0.5 * (df + d) * torch.log1p(x.square().sum(1) / df)
+
+
+def head_state(head: Head) -> dict[str, Tensor]:
+    """Tensors of the head itself, for the state of a posterior."""
+    if isinstance(head, Tangent):
+        return {f"tangent.{name}": value for name, value in head.state().items()}
+    return {f"kernel.{name}": value for name, value in head.state().items()} if isinstance(head, KernelHead) else {}
 
 
 def _row_roots(root: Tensor, items: Tensor) -> Tensor:

@@ -16,9 +16,12 @@ from ..data.groups import FeedbackGroup
 from ..errors import ArgumentError, DataError
 from ..likelihoods.base import outcomes_of
 from ..programs import RewardModel
-from ..rewards.tangent import Tangent, whole_prompts
+from ..rewards import ProjectedHead
+from ..rewards.tangent import TangentFeatures, whole_prompts
 from ._density import FeedbackDensity, _tile
+from ._digest import feedback_digest
 from ._schema import FeedbackSchema
+from .draws import JointDraws
 from .prediction import FeedbackPrediction, GroupPrediction
 from .report import FitReport
 
@@ -62,6 +65,17 @@ class Posterior(abc.ABC):
         """Draws of the rewards of each group, `(draws, rows, K)`, with latents that they share, unconstrained, `(Q,)`.
 
         Each row's own joint distribution with the latents must be right; rows need not be drawn jointly.
+        """
+
+    @abc.abstractmethod
+    def _joint_draws(
+        self, features: Tensor, sizes: Sequence[int], outside: Tensor | None, num_samples: int, seed: int
+    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        """Joint draws of items' rewards `(S, items)` and of the latents `(S, Q)`, and each draw's statistics.
+
+        A statistic `log_q` is the log density of the draw in whitened coordinates under the approximation; with
+        `log_prior`, that of its coordinates under the prior, it gives importance ratios. The items of each prompt are
+        next to each other, `sizes` of them.
         """
 
     @abc.abstractmethod
@@ -115,18 +129,17 @@ class Posterior(abc.ABC):
         if any(arrays) and not all(arrays):
             raise ArgumentError("`candidates` mixes arrays of features with lists of texts; give one kind")
         if all(arrays):
-            if isinstance(self.program.head, Tangent):
-                raise ArgumentError(
-                    "`candidates` are arrays of features; this reward reads texts, give lists of responses"
-                )
             features = torch.cat([torch.as_tensor(c).double() for c in candidates])
+            head = self.program.head
+            if isinstance(head, ProjectedHead):
+                return self._belief_about(head.encode_features(features, sizes), sizes)
             return self._belief(self._checked(features), sizes, None)
         if prompts is None:
             raise ArgumentError(
                 "`prompts` is missing; it may be left out only when the candidates are arrays of features"
             )
         reward = self.program.head
-        if isinstance(reward, Tangent):
+        if isinstance(reward, ProjectedHead):
             parts = list(self._predict_texts(reward, prompts, candidates, sizes, progress))
             return parts[0] if len(parts) == 1 else RewardBelief.concatenate(parts)
         if reward.features is None:
@@ -159,7 +172,7 @@ class Posterior(abc.ABC):
 
     def _predict_texts(
         self,
-        reward: Tangent,
+        reward: ProjectedHead,
         prompts: Sequence[Any],
         candidates: Sequence[Any],
         sizes: Sequence[int],
@@ -170,31 +183,101 @@ class Posterior(abc.ABC):
         with tqdm(total=sum(sizes), unit="item", disable=not progress) as bar:
             for run in whole_prompts(sizes, _RUN):
                 part = range(start, start + len(run))
-                sequences = reward.network.tokenize(
+                found = reward.encode_texts(
                     [prompts[i] for i in part for _ in candidates[i]],
                     [response for i in part for response in candidates[i]],
+                    run,
                     start=sum(sizes[:start]),
                 )
-                found = reward.encode(sequences, run)
-                yield self._belief(self._checked(found.values), run, found.outside)
+                yield self._belief_about(found, run)
                 start += len(run)
                 bar.update(sum(run))
 
     def predict_items(self, data: Comparisons) -> RewardBelief:
         """Joint belief about the items of `data`, grouped by prompt; candidates in the order of the items."""
-        prompt = torch.as_tensor(np.asarray(data.prompt_of_item))
-        order = torch.argsort(prompt, stable=True)
-        sizes = torch.unique(prompt, return_counts=True)[1].tolist()
+        order, sizes = _by_prompt(data)
         features, outside = self._encoded(data)
         return self._belief(features[order], sizes, None if outside is None else outside[order])
 
+    def draw(self, data: Comparisons, *, num_samples: int = 1000, seed: int = 0) -> JointDraws:
+        """Joint posterior draws of the rewards of all items of `data` and of the likelihood's latents.
+
+        Args:
+            data: Comparisons, those of the fit or others.
+            num_samples: Number of draws; a posterior that is made of draws gives those it has, at most as many, spread
+                evenly over its chains.
+            seed: Seed of what is drawn anew; the same seed draws the same parameters whatever the data.
+
+        Example:
+            >>> import bayesrm as brm, numpy as np
+            >>> data = brm.Comparisons.from_arrays(np.eye(2), candidates=[[0, 1]] * 3, outcome=[0, 0, 1])
+            >>> model = brm.RewardModel(brm.rewards.Linear(), brm.likelihoods.BradleyTerry())
+            >>> brm.fit(model, data).draw(data, num_samples=7).rewards.shape
+            torch.Size([7, 2])
+        """
+        if num_samples < 1:
+            raise ArgumentError(f"`num_samples` is {num_samples}; at least 1 draw is needed")
+        order, sizes = _by_prompt(data)
+        features, outside = self._encoded(data)
+        rewards, latents, stats = self._joint_draws(
+            features[order], sizes, None if outside is None else outside[order], num_samples, seed
+        )
+        rewards = rewards[:, torch.argsort(order)]
+        stats, log_ratio = dict(stats), None
+        if "log_q" in stats:
+            log_q, log_prior = stats.pop("log_q"), stats.pop("log_prior")
+            if self.report.data_digest == feedback_digest(data):
+                with torch.no_grad():
+                    log_ratio = self._density_of(data).log_joints(rewards, latents) + log_prior - log_q
+        elif "log_ratio" in stats:
+            log_ratio = stats.pop("log_ratio")
+            log_ratio = log_ratio if self.report.data_digest == feedback_digest(data) else None
+        return JointDraws(rewards, latents, log_ratio, self._num_chains, stats)
+
+    #: Number of Markov chains that draws come from.
+    _num_chains = 1
+
+    def _density_of(self, data: Comparisons) -> FeedbackDensity:
+        """The density of other data, annotators coded as in training."""
+        return FeedbackDensity(self.program, self.schema.check(data.groups(), data.annotators))
+
+    def to_arviz(self, data: Comparisons, *, num_samples: int = 1000, seed: int = 0, predictive: bool = True) -> Any:
+        """The posterior on `data` for ArviZ: reward draws and latents, never the weights of a network.
+
+        Groups: `posterior`, `posterior_predictive`, `log_likelihood` (a number for each comparison), `sample_stats`,
+        `observed_data` and `constant_data`; dimensions `item`, `comparison`, `candidate`, `annotator`, `feature`.
+
+        Args:
+            data: Comparisons, usually those of the fit.
+            num_samples: Number of draws, see `draw`.
+            seed: Seed.
+            predictive: Whether to draw feedback from the posterior predictive.
+
+        Returns:
+            `arviz.InferenceData`, or with ArviZ 1.x an `xarray.DataTree`.
+        """
+        from ._arviz_export import export
+
+        return export(self, data, num_samples=num_samples, seed=seed, predictive=predictive)
+
     def _encoded(self, data: Comparisons) -> tuple[Tensor, Tensor | None]:
-        """Features of the items of `data` and, for a tangent, what lies outside its coordinates."""
-        reward = self.program.head
-        if isinstance(reward, Tangent):
-            found = reward.encode_items(data)
-            return self._checked(found.values), found.outside
+        """Features of the items of `data` and, for a projected head, what lies outside its coordinates."""
+        head = self.program.head
+        if isinstance(head, ProjectedHead):
+            found = head.encode_items(data)
+            return self._checked(found.values), self._scaled(found.outside)
         return self._checked(self.program.encode(data).double()), None
+
+    def _belief_about(self, found: TangentFeatures, sizes: Sequence[int]) -> RewardBelief:
+        return self._belief(self._checked(found.values), sizes, self._scaled(found.outside))
+
+    def _scaled(self, outside: Tensor | None) -> Tensor | None:
+        """What lies outside the coordinates of a projected head, under the prior of its one parameter site."""
+        if outside is None:
+            return None
+        (site,) = self.program.head.parameter_shapes(self._num_features())
+        scaled: Tensor = outside * self.program.prior.of(site) ** -0.5
+        return scaled
 
     def predict_feedback(self, data: Comparisons, *, num_samples: int = 1024, seed: int = 0) -> FeedbackPrediction:
         """Posterior predictive of the feedback of each row: what NLL and calibration are computed from.
@@ -212,8 +295,8 @@ class Posterior(abc.ABC):
         """
         if num_samples < 1:
             raise ArgumentError(f"`num_samples` is {num_samples}; at least 1 point is needed")
+        density = self._density_of(data)
         groups = self.schema.check(data.groups(), data.annotators)
-        density = FeedbackDensity(self.program, groups)
         features, outside = self._encoded(data)
         totals: list[Tensor] = [
             torch.full((g.comparison.num_rows,), -torch.inf, dtype=torch.float64) for g in density.groups
@@ -282,47 +365,9 @@ class Posterior(abc.ABC):
 
     def summary(self) -> str:
         """What was fitted, how it went, and the latents with 90% intervals."""
-        r = self.report
-        shown = _shown_precision(r.prior_precision)
-        reward = "LoRA" if isinstance(self.program.head, Tangent) else type(self.program.head).__name__
-        lines = [
-            f"{reward} reward, {_likelihood_name(self.program.likelihood)} likelihood, "
-            f"{r.engine['name']} ({r.seconds:.1f} s)",
-            f"  data        {r.num_rows} rows, {r.num_items} items, {r.num_prompts} prompts",
-            f"  parameters  {r.num_parameters} in {r.num_coordinates} coordinates",
-            f"  prior       precision {shown} ({'tuned by the marginal likelihood' if r.tuned else 'given'})",
-            f"  optimum     gradient norm {r.gradient_norm:.1e} after {r.iterations} steps"
-            + ("" if r.converged else "  NOT CONVERGED: this is no mode"),
-        ]
-        if r.curvature is not None:
-            lines.append(f"  curvature   {r.curvature}")
-        if r.log_evidence is not None:
-            lines.append(f"  evidence    log p(feedback) = {r.log_evidence:.2f}")
-        if r.structure_check is not None:
-            check = r.structure_check
-            lines.append(
-                f"  structure   against full: variance ratio {check['variance_ratio']:.2f}, "
-                f"rank correlation {check['rank_correlation']:.2f} ({check['num_probes']:.0f} comparisons)"
-            )
-        if r.training is not None:
-            early = "" if r.training["steps"] >= r.training["planned_steps"] else "  STOPPED EARLY"
-            lines.append(f"  training    {r.training['steps']} of {r.training['planned_steps']} steps{early}")
-        if r.refinement is not None:
-            move = r.refinement
-            lines.append(
-                f"  refinement  trained weights: gradient norm {move['trained_gradient_norm']:.1e}; the mode lies "
-                f"{move['distance']:.2g} prior deviations away, {move['log_joint_gain']:.2f} nats higher, rewards move "
-                f"by {move['reward_change']:.2g} (scale {move['reward_scale']:.2g})"
-            )
-        for name, draws in self.latents(2000).items():
-            flat = draws.reshape(len(draws), -1)
-            low, mid, high = torch.quantile(flat, torch.tensor([0.05, 0.5, 0.95], dtype=flat.dtype), dim=0)
-            shown = ", ".join(
-                f"{m:.3g} [{lo:.3g}, {hi:.3g}]" if lo < hi else f"{m:.3g} (held at its mode)"
-                for lo, m, hi in zip(low[:4], mid[:4], high[:4], strict=True)
-            )
-            lines.append(f"  latent      {name} = {shown}" + (f", ... ({len(mid)} in all)" if len(mid) > 4 else ""))
-        return "\n".join(lines)
+        from ._summary import summarise
+
+        return summarise(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.summary().splitlines()[0]}>"
@@ -354,17 +399,7 @@ class Posterior(abc.ABC):
         return load(path, likelihood)
 
 
-def _shown_precision(precision: float | Mapping[str, float]) -> str:
-    if not isinstance(precision, Mapping):
-        return f"{precision:.4g}"
-    if len(precision) <= 8:
-        return ", ".join(f"{site} {value:.4g}" for site, value in precision.items())
-    return f"{min(precision.values()):.4g} to {max(precision.values()):.4g} over {len(precision)} sites"
-
-
-def _likelihood_name(likelihood: Any) -> str:
-    if isinstance(likelihood, Mapping):
-        return " + ".join(f"{kind}: {_likelihood_name(value)}" for kind, value in likelihood.items())
-    base = getattr(likelihood, "base", None)
-    name = getattr(likelihood, "__name__", type(likelihood).__name__)
-    return f"{name}({_likelihood_name(base)})" if base is not None else name
+def _by_prompt(data: Comparisons) -> tuple[Tensor, list[int]]:
+    """Items of each prompt next to each other: their order, and how many each prompt has."""
+    prompt = torch.as_tensor(np.asarray(data.prompt_of_item))
+    return torch.argsort(prompt, stable=True), torch.unique(prompt, return_counts=True)[1].tolist()

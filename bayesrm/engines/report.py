@@ -31,6 +31,9 @@ class FitReport:
             and `distance` in units of the prior standard deviation, `log_joint_gain` in nats, and root mean squares of
             the training items' rewards, `reward_scale` before and `reward_change` on the way.
         training: Of a trained network: steps, planned steps, whether it was stopped early.
+        diagnostics: What an engine of draws or a variational one found about itself: `k_hat` and `ess` of importance
+            weights; `divergences`, `r_hat` (largest), `ess` (smallest) of Markov chains; `elbo`, `elbo_std_error`.
+        data_digest: Digest of the feedback that was fitted, so that leave-one-out knows its own data again.
     """
 
     engine: dict[str, Any]
@@ -51,3 +54,5 @@ class FitReport:
     structure_check: Mapping[str, float] | None = None
     refinement: Mapping[str, float] | None = None
     training: Mapping[str, Any] | None = None
+    diagnostics: Mapping[str, Any] | None = None
+    data_digest: str | None = None

@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from .._typing import Tensor
 from ..data import Comparisons
@@ -154,12 +154,32 @@ class Training:
         }
 
 
+@runtime_checkable
+class Objective(Protocol):
+    """What is minimised, where it is not the declared log joint."""
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides the outcome of a run, JSON values."""
+        ...
+
+    def loss(
+        self, network: LoRANetwork, program: RewardModel, density: FeedbackDensity, *, num_rows: int, num_batches: int
+    ) -> Any:
+        """A `JointLoss` of another kind; its `forward` gets the number of the micro-batch too."""
+        ...
+
+    def start(self, network: LoRANetwork, density: FeedbackDensity) -> Tensor:
+        """What is trained beside the network's weights, as it is before training, in one vector."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingReport:
     """What a training run did.
 
     Attributes:
-        latents: Unconstrained latents of the likelihood at the end, shape `(Q,)`, float64.
+        latents: Unconstrained latents of the likelihood at the end, shape `(Q,)`, float64; for another objective than
+            the log joint all that was trained beside the network's weights.
         steps: Steps of the optimiser.
         planned_steps: Steps that the settings asked for.
         epochs: Passes over the data.
@@ -195,6 +215,7 @@ def train(
     *,
     seed: int,
     progress: bool,
+    objective: Objective | None = None,
 ) -> TrainingReport:
     """Trains a network in place on the log joint of its program, and leaves it in evaluation mode.
 
@@ -206,6 +227,7 @@ def train(
         training: Settings.
         seed: Seed of the order of the rows and of dropout.
         progress: Show a progress bar and the log.
+        objective: What to minimise instead of the negative log joint.
 
     Raises:
         ArgumentError: A setting does not fit the data, the device or the installed transformers.
@@ -214,7 +236,8 @@ def train(
     """
     if training.epochs == 0 and training.max_steps is None:
         network.eval()
-        return TrainingReport(density.initial_latents.detach().cpu(), 0, 0, 0.0, 0.0)
+        start = density.initial_latents if objective is None else objective.start(network, density)
+        return TrainingReport(start.detach().cpu(), 0, 0, 0.0, 0.0)
     from ._run_folder import RunFolder, run_identity
     from ._trainer import TrainerRun
 
@@ -225,13 +248,14 @@ def train(
         folder = None
         if training.output_dir is not None:
             identity = run_identity(network, program, density, sequences, training, seed)
+            identity |= {} if objective is None else objective.identity()
             folder = RunFolder.open(training.output_dir, identity, run.processes)
             if (finished := folder.finished(network)) is not None:
                 return finished
             place = training.output_dir
         else:
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="bayesrm-"))
-        outcome = run.train(program, density, sequences, place, folder, num_rows=len(data))
+        outcome = run.train(program, density, sequences, place, folder, num_rows=len(data), objective=objective)
         if not (math.isfinite(outcome.loss) and all(bool(p.isfinite().all()) for p in network.sites.values())):
             raise EngineError(
                 f"training diverged: the loss is {outcome.loss} and a weight is not finite; lower `learning_rate` "

@@ -14,7 +14,7 @@ from ..data.groups import Comparison, FeedbackGroup
 from ..errors import ArgumentError, DataError, LikelihoodError
 from ..likelihoods import Likelihood
 from ..priors import Gaussian
-from ..rewards import Head, LoRA, LoRANetwork
+from ..rewards import GaussianProcess, Head, LoRA, LoRANetwork, ProjectedHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +176,8 @@ class RewardModel:
             DataError: The data have no features and the reward function has no extractor.
         """
         head = self.head
+        if isinstance(head, ProjectedHead) and head.features is not None:
+            return torch.as_tensor(head.features.extract_items(data, progress=progress))
         if data.features is not None:
             return torch.as_tensor(np.asarray(data.features))
         if head.features is None:
@@ -224,6 +226,9 @@ class RewardModel:
         features = self.encode(data).double()
         groups = [g.map_arrays(lambda a: convert(a, features)) for g in data.groups()]
         center, spread = self.standardisation(features, groups)
+        if isinstance(self.reward, GaussianProcess):
+            program = dataclasses.replace(self, reward=self.reward.bind(features, center, spread))
+            return program.simulate(data, seed=seed, parameters=parameters, latents=latents)
         features = (features - center) / spread
         shapes = self.head.parameter_shapes(features.shape[-1])
         for name in parameters or {}:

@@ -1,6 +1,9 @@
 """Reward functions: heads on frozen features, and the extractor that makes features of texts."""
 
+from ._kernels import Kernel
+from ._projected import ProjectedHead
 from .features import FeatureExtractor, Pooling, TextInput
+from .gaussian_process import GaussianProcess, KernelHead
 from .heads import Head
 from .jacobians import per_sample_jacobian
 from .linear import Linear
@@ -14,11 +17,15 @@ __all__ = [
     "MLP",
     "Activation",
     "FeatureExtractor",
+    "GaussianProcess",
     "Head",
+    "Kernel",
+    "KernelHead",
     "Linear",
     "LoRA",
     "LoRANetwork",
     "Pooling",
+    "ProjectedHead",
     "Tangent",
     "TangentFeatures",
     "TextInput",

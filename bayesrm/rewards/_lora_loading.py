@@ -83,12 +83,18 @@ def with_adapters(settings: "LoRA", model: Any, trained_whole: list[str], seed: 
             raise ArgumentError(f"`adapter` {settings.adapter!r} is not a LoRA adapter")
         return wrapped
     targets = settings.target_modules
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if settings.layers is not None and depth is not None and max(settings.layers) >= depth:
+        raise ArgumentError(
+            f"`layers` names {max(settings.layers)}; {type(model).__name__} has layers 0 to {depth - 1}"
+        )
     config = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS,
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        layers_to_transform=None if settings.layers is None else list(settings.layers),
         # peft appends to the list it is given.
         modules_to_save=list(trained_whole),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),

@@ -35,6 +35,8 @@ class LoRA:
         dropout: Dropout on the input of the adapters while training.
         target_modules: Names (endings) of the modules that get adapters, or "all-linear"; by default what peft knows
             for the architecture (query and value projections for most).
+        layers: Numbers of the transformer layers that get adapters, from 0; all by default. With the last few alone,
+            ensembles and draws of the weights share the computation of those before.
         adapter: Folder of an adapter that peft has saved, from which to start: an already trained reward model. Its
             rank and targets replace the settings here. The prior is then centred at its A matrices, with B and new
             heads at 0.
@@ -62,6 +64,7 @@ class LoRA:
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
     adapter: str | None = None
     max_length: int = 512
     on_long: str = "shorten"
@@ -92,10 +95,12 @@ class LoRA:
             if not isinstance(targets, Sequence) or not targets or not all(isinstance(t, str) for t in targets):
                 raise ArgumentError(f"`target_modules` is {targets!r}; give names of modules, or 'all-linear'")
             targets = tuple(targets)
+        layers = _checked_layers(self.layers, targets)
         settled = {
             "model": os.fspath(self.model),
             "adapter": None if self.adapter is None else os.fspath(self.adapter),
             "target_modules": targets,
+            "layers": layers,
             "device": None if self.device is None else str(self.device),
         }
         for name, value in settled.items():
@@ -122,5 +127,21 @@ class LoRA:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "LoRA":
         """The settings that `to_config` described."""
-        targets = config["target_modules"]
-        return cls(**(dict(config) | {"target_modules": tuple(targets) if isinstance(targets, list) else targets}))
+        # JSON has no tuples.
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        return cls(**values)
+
+
+def _checked_layers(layers: object, targets: object) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
+        raise ArgumentError(f"`layers` is {layers!r}; give the numbers of layers, such as (4, 5), or None for all")
+    for layer in layers:
+        check_integer("layers", layer, 0)
+    if isinstance(targets, str):
+        raise ArgumentError(
+            f"`layers` is {layers!r} and `target_modules` {targets!r}; layers can be chosen where `target_modules` "
+            "is None or names modules, such as ('query', 'value')"
+        )
+    return tuple(layers)

@@ -12,6 +12,7 @@ from .._typing import Array, Tensor
 from ..beliefs import covariance_root
 from ..data.comparisons import Comparisons
 from ..data.rendering import Content
+from ..errors import ArgumentError
 from ._subspaces import Covariance, Subspace
 from .jacobians import per_sample_jacobian
 from .lora_network import LoRANetwork
@@ -87,6 +88,11 @@ class Tangent:
         """1 + R."""
         return 1 + (0 if self.subspace is None else self.subspace.size)
 
+    @property
+    def title(self) -> str:
+        """`"LoRA"`."""
+        return "LoRA"
+
     def parameter_shapes(self, num_features: int) -> dict[str, tuple[int, ...]]:
         """`{"z": (R,)}`."""
         return {"z": (num_features - 1,)}
@@ -124,6 +130,24 @@ class Tangent:
         found = self.encode([sequences[i] for i in order.tolist()], sizes, progress=progress)
         back = torch.argsort(order)
         return TangentFeatures(found.values[back], None if found.outside is None else found.outside[back])
+
+    def encode_features(self, features: Tensor, sizes: Sequence[int] | None) -> TangentFeatures:
+        """Refuses arrays.
+
+        Raises:
+            ArgumentError: Always.
+        """
+        raise ArgumentError("`candidates` are arrays of features; this reward reads texts, give lists of responses")
+
+    def encode_texts(
+        self, prompts: Sequence[Content], responses: Sequence[Content], sizes: Sequence[int], *, start: int = 0
+    ) -> TangentFeatures:
+        """Features of prompts and responses, `sizes` of them to a prompt in turn; errors count items from `start`."""
+        return self.encode(self.network.tokenize(prompts, responses, start=start), sizes)
+
+    def without_rest(self) -> "Tangent":
+        """The same tangent with no covariance outside its coordinates."""
+        return dataclasses.replace(self, uncertain_rest=False)
 
     def encode(
         self, sequences: Sequence[np.ndarray], sizes: Sequence[int] | None, *, progress: bool = False

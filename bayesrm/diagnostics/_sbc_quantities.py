@@ -1,0 +1,73 @@
+"""What simulation-based calibration ranks: identified rewards, latents, and the density of the feedback itself."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from .._typing import Tensor
+from ..data import Comparisons
+from ..engines._density import FeedbackDensity
+from ..programs import RewardModel
+from ..rewards.heads import unflatten
+
+#: From rewards `(S, items)` and constrained latents `(S, *site)` to named numbers `(S,)`.
+Quantities = Callable[[Tensor, Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+#: Rewards, and components of each latent, that are looked at by default.
+_REWARDS, _COMPONENTS = 3, 4
+
+
+class DefaultQuantities:
+    """Reward differences of a few rows (rewards, where rows have one item), a few latents, and the log joint.
+
+    The log joint depends on the feedback, so that a posterior which ignores it is found out (Modrak et al. 2023,
+    2211.02383). It is log p(feedback, latents | rewards), latents in unconstrained space, plus for linear heads the log
+    prior density of the rewards up to a constant.
+    """
+
+    def __init__(self, program: RewardModel, design: Comparisons) -> None:
+        rows = [row for g in design.groups() for row in g.items.tolist()]
+        spread = torch.linspace(0, len(rows) - 1, min(_REWARDS, len(rows))).round().long().tolist()
+        self._pairs = [(rows[i][0], rows[i][1] if len(rows[i]) > 1 else None) for i in spread]
+        self._whiten: Tensor | None = None
+        if program.head.is_linear:
+            self._whiten, self._base = _prior_whitening(program, design)
+
+    def __call__(
+        self, rewards: Tensor, latents: Mapping[str, Tensor], density: FeedbackDensity, unconstrained: Tensor
+    ) -> dict[str, Tensor]:
+        """The quantities of draws, each of shape `(S,)`."""
+        found = {}
+        for a, b in self._pairs:
+            name = f"reward[{a}]" if b is None else f"reward[{a}] - reward[{b}]"
+            found[name] = rewards[:, a] if b is None else rewards[:, a] - rewards[:, b]
+        for site, values in latents.items():
+            flat = values.reshape(len(values), -1)
+            size = flat.shape[1]
+            for i in torch.linspace(0, size - 1, min(_COMPONENTS, size)).round().long().tolist():
+                found[site if values.dim() == 1 else f"{site}[{i}]"] = flat[:, i]
+        with torch.no_grad():
+            log_joint = density.log_joints(rewards, unconstrained)
+        if self._whiten is not None:
+            log_joint = log_joint - 0.5 * ((rewards - self._base) @ self._whiten.T).square().sum(1)
+        found["log joint"] = log_joint
+        return found
+
+
+def _prior_whitening(program: RewardModel, design: Comparisons) -> tuple[Tensor, Tensor]:
+    """A matrix that turns rewards less their prior mean into independent standard normal numbers, and that mean."""
+    raw = program.encode(design).double()
+    center, spread = program.standardisation(raw, design.groups())
+    features = (raw - center) / spread
+    shapes = program.head.parameter_shapes(raw.shape[1])
+    scales = [
+        torch.full((int(torch.Size(s).numel()),), program.prior.of(n) ** -0.5).double() for n, s in shapes.items()
+    ]
+    scale = torch.cat(scales)
+
+    def rewards(whitened: Tensor) -> Tensor:
+        value: Tensor = program.head.apply(unflatten(whitened * scale, shapes), features)
+        return value
+
+    zero = torch.zeros_like(scale)
+    return torch.linalg.pinv(torch.func.jacrev(rewards)(zero)), rewards(zero)

@@ -1,0 +1,103 @@
+"""How well feedback was predicted: accuracy, negative log likelihood, Brier score, calibration errors."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..engines.prediction import FeedbackPrediction
+from .bootstrap import Estimate, bootstrap
+from .brier import brier_score
+from .calibration import _absolute_interval, _bin_of, _cluster_sums, _root, _squared_interval
+from .events import Events, top_label
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How well feedback was predicted, each number with a bootstrap interval over prompts.
+
+    Accuracy, Brier score, ECE and calibration error are about the rows whose outcomes can be enumerated, and NaN where
+    there are none.
+
+    Attributes:
+        accuracy: Share of rows whose likeliest outcome occurred.
+        nll: Mean negative log predictive probability, nats a row.
+        brier: Mean Brier score.
+        ece: Expected calibration error of the likeliest outcome, 10 bins of equal size. It is positive even for perfect
+            predictions; compare it between models on the same rows. Its interval says how much it would vary, with the
+            upward bias that redrawing adds taken out; whether predictions are calibrated is for `calibration_error`.
+        calibration_error: Debiased root mean squared calibration error of the likeliest outcome, see
+            `CalibrationCheck`; its interval begins at 0 where no miscalibration shows.
+    """
+
+    accuracy: Estimate
+    nll: Estimate
+    brier: Estimate
+    ece: Estimate
+    calibration_error: Estimate
+
+
+def score(
+    prediction: FeedbackPrediction,
+    prompts: NDArray[np.int64],
+    *,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Scores:
+    """Accuracy, NLL, Brier score and calibration of predicted feedback, rows weighted, with intervals over prompts.
+
+    Args:
+        prediction: From `posterior.predict_feedback(data)`.
+        prompts: Prompt of each row, `data.prompt_of_row`, shape `(rows,)`.
+        num_resamples: Bootstrap resamples.
+        level: Coverage of the intervals.
+        seed: Seed of the bootstrap.
+    """
+    weight = prediction.weight.numpy()
+    nll = -prediction.log_prob.numpy()
+    brier = np.full(len(nll), np.nan)
+    for group in prediction.groups:
+        if group.probs is not None and group.observed is not None:
+            brier[group.rows.numpy()] = brier_score(group.probs, group.observed).numpy()
+
+    def interval(values: NDArray[np.float64]) -> Estimate:
+        known = np.flatnonzero(~np.isnan(values) & (weight > 0))
+        if not len(known):
+            return Estimate(np.nan, np.nan, np.nan, level)
+
+        def mean(index: NDArray[np.int64]) -> float:
+            return float(np.average(values[known][index], weights=weight[known][index]))
+
+        return bootstrap(mean, prompts[known], num_resamples=num_resamples, level=level, seed=seed)
+
+    absolute = root = Estimate(np.nan, np.nan, np.nan, level)
+    if (~np.isnan(brier) & (weight > 0)).any():
+        confidence, occurred, rows = top_label(prediction)
+        likeliest = Events(confidence, occurred, rows, weight[rows]).counted()
+        sums = _cluster_sums(likeliest, prompts, _bin_of(likeliest, 10))
+        absolute = _absolute_interval(sums, num_resamples, level, seed)
+        root = _root(_squared_interval(sums, num_resamples, level, seed))
+    return Scores(interval(prediction.correct.numpy()), interval(nll), interval(brier), absolute, root)
+
+
+def score_by_kind(
+    prediction: FeedbackPrediction,
+    prompts: NDArray[np.int64],
+    *,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Scores]:
+    """`score` of each kind of feedback by itself: choices, rankings, ratings, approvals."""
+    kinds = dict.fromkeys(group.label.split(".")[0] for group in prediction.groups)
+    result = {}
+    for kind in kinds:
+        groups = [group for group in prediction.groups if group.label.split(".")[0] == kind]
+        rows = torch.cat([group.rows for group in groups]).sort().values
+        groups = [dataclasses.replace(group, rows=torch.searchsorted(rows, group.rows)) for group in groups]
+        part = FeedbackPrediction(prediction.log_prob[rows], tuple(groups), prediction.weight[rows])
+        chosen = prompts[rows.numpy()]
+        result[kind] = score(part, chosen, num_resamples=num_resamples, level=level, seed=seed)
+    return result

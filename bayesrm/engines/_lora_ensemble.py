@@ -1,0 +1,206 @@
+"""Ensembles of LoRA reward models: adapters trained one after another on one backbone in memory.
+
+Anchored members are drawn towards a draw of the prior (Osband et al., "Randomized prior functions", 1806.03335; Pearce
+et al., "Uncertainty in neural networks: approximately Bayesian ensembling", 1810.05546); bootstrap members weigh the
+prompts by the Bayesian bootstrap (Rubin, "The Bayesian bootstrap", 1981).
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._typing import Tensor
+from ..data import Comparisons
+from ..data.groups import FeedbackGroup
+from ..errors import ArgumentError
+from ..programs import RewardModel
+from ..rewards import LoRANetwork
+from ._curvature import CurvatureKind, curvature
+from ._density import FeedbackDensity
+from ._lora_fit import train_network
+from ._settings import check_positive
+from ._trainer import JointLoss
+from .network_posterior import NetworkDraws, NetworkPosterior, network_report
+from .training import Training, train
+
+_LOG = logging.getLogger("bayesrm")
+
+
+def fit_members(
+    program: RewardModel,
+    data: Comparisons,
+    training: Training,
+    *,
+    num_members: int,
+    anchored: bool,
+    bootstrap: bool,
+    seed: int,
+    progress: bool,
+) -> NetworkPosterior:
+    """An ensemble of a `LoRA` reward: each member a mode of the declared log joint, perturbed in its own way.
+
+    All members start from the same weights. Members differ by the order of their data, by their prior's centre where
+    `anchored`, and by the weights of the prompts where `bootstrap`. To the log prior of the likelihood's latents an
+    anchored member adds a random linear term with the prior's curvature, which for a normal prior moves its mean to a
+    draw of it.
+
+    Args:
+        program: A program with a `LoRA` reward.
+        data: The comparisons.
+        training: Settings of the Trainer. With an `output_dir` each member has a folder in it: an interrupted run goes
+            on inside the member where it stopped, and more members can be added later.
+        num_members: Number of members, at least 2.
+        anchored: Whether each member's prior is centred at a draw from the declared prior.
+        bootstrap: Whether each member weighs the prompts by its own draw from the Bayesian bootstrap.
+        seed: Seed; the members do not depend on how many there are.
+        progress: Show progress.
+
+    Returns:
+        The posterior, one draw a member. Engine, time and data digest of its report are the caller's to fill in.
+
+    Raises:
+        ArgumentError: A setting cannot be used.
+        DataError: No row has a positive weight.
+        EngineError: Training diverged.
+        PersistenceError: A member's folder holds another run, or cannot be written.
+    """
+    begin = time.perf_counter()
+    check_positive("num_members", num_members)
+    if num_members < 2:
+        raise ArgumentError(f"`num_members` is {num_members}; at least 2 members are needed for a variance")
+    if training.epochs == 0 and training.max_steps is None:
+        raise ArgumentError("`training` has 0 epochs, which leaves all members where they start; set `epochs`")
+    untrained = train_network(
+        program, data, dataclasses.replace(training, epochs=0.0, max_steps=None), seed=seed, progress=False
+    )
+    network = untrained.network
+    start, center = network.theta(), network.initial_theta()
+    weights, latents, runs = [], [], []
+    try:
+        for number in range(num_members):
+            member = Member.of(seed, number)
+            network.set_theta(start)
+            network.set_initial(member.anchor(network, program, center) if anchored else center)
+            density = member.reweighted(program, data, untrained.density) if bootstrap else untrained.density
+            own = dataclasses.replace(training, output_dir=_member_folder(training, number))
+            _LOG.info("member %d of %d", number + 1, num_members)
+            run = train(
+                network, program, data, density, own, seed=member.order_seed, progress=progress,
+                objective=member.tilted(untrained.density) if anchored and density.num_latents else None,
+            )  # fmt: skip
+            weights.append(network.theta().cpu())
+            latents.append(run.latents)
+            runs.append(run)
+    finally:
+        network.set_initial(center)
+    network.set_theta(weights[0].to(start))
+    report = network_report(
+        "Ensemble", program, data, training, network, seed=seed, seconds=time.perf_counter() - begin, runs=runs
+    )  # fmt: skip
+    draws = NetworkDraws(network, torch.stack(weights), 2 * training.batch_size)
+    drawn = RewardModel(draws, program.likelihood, program.prior)
+    return NetworkPosterior(drawn, untrained.schema, report, torch.stack(latents))
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """The random numbers of one member.
+
+    Attributes:
+        anchor_seed: Seed of its prior's centre.
+        latent_seed: Seed of what is added to its latents' log prior.
+        weight_seed: Seed of its weights of the prompts.
+        order_seed: Seed of the order of its data.
+    """
+
+    anchor_seed: int
+    latent_seed: int
+    weight_seed: int
+    order_seed: int
+
+    @classmethod
+    def of(cls, seed: int, number: int) -> "Member":
+        """Member `number` of the ensemble with a seed."""
+        state = np.random.SeedSequence([seed, number]).generate_state(4)
+        return cls(*(int(value) for value in state))
+
+    def anchor(self, network: LoRANetwork, program: RewardModel, center: Tensor) -> Tensor:
+        """A draw of the weights from the declared prior around `center`, shape `(P,)`."""
+        generator = torch.Generator().manual_seed(self.anchor_seed)
+        parts = []
+        for part, (site, p) in zip(
+            center.split([p.numel() for p in network.sites.values()]), network.sites.items(), strict=True
+        ):
+            noise = torch.randn(p.numel(), generator=generator).to(center)
+            parts.append(part + noise * program.prior.of(site) ** -0.5)
+        return torch.cat(parts)
+
+    def tilted(self, density: FeedbackDensity) -> "Tilted":
+        """The objective with a random slope in the latents, whose covariance is the curvature of their log prior."""
+        latents = density.initial_latents
+        rewards = density.gather(latents.new_zeros(1 + max(int(g.items.max()) for g in density.groups)))
+        values, vectors = torch.linalg.eigh(curvature(density, rewards, latents, CurvatureKind.AUTO, seed=0).prior)
+        generator = torch.Generator().manual_seed(self.latent_seed)
+        noise = torch.randn(len(latents), generator=generator, dtype=torch.float64)
+        return Tilted(tuple(((vectors * values.clamp_min(0.0).sqrt()) @ noise).tolist()))
+
+    def reweighted(self, program: RewardModel, data: Comparisons, density: FeedbackDensity) -> FeedbackDensity:
+        """The density with each row's weight times the weight of its prompt, drawn from Exp(1)."""
+        rng = np.random.default_rng(self.weight_seed)
+        by_prompt = torch.from_numpy(rng.exponential(size=data.num_prompts))
+        by_row = by_prompt[torch.as_tensor(data.prompt_of_row)]
+
+        def weigh(group: FeedbackGroup) -> FeedbackGroup:
+            return dataclasses.replace(group, weight=group.weight * by_row[group.rows].to(group.weight))
+
+        return FeedbackDensity(program, [weigh(group) for group in density.groups])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tilted:
+    """The log joint with a linear term in the unconstrained latents.
+
+    Attributes:
+        slope: Its slope, one number a latent.
+    """
+
+    slope: tuple[float, ...]
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the outcome of a run."""
+        return {"objective": "tilted", "objective.slope": list(self.slope)}
+
+    def loss(
+        self, network: LoRANetwork, program: RewardModel, density: FeedbackDensity, *, num_rows: int, num_batches: int
+    ) -> "TiltedLoss":
+        """The loss module."""
+        return TiltedLoss(self.slope, network, program, density, num_rows=num_rows, num_batches=num_batches)
+
+    def start(self, network: LoRANetwork, density: FeedbackDensity) -> Tensor:
+        """The latents."""
+        return density.initial_latents
+
+
+class TiltedLoss(JointLoss):
+    """`JointLoss` less `slope' latents / N`."""
+
+    def __init__(self, slope: tuple[float, ...], *arguments: Any, **sizes: Any) -> None:
+        super().__init__(*arguments, **sizes)
+        self._slope = self._no_latents.new_tensor(slope)
+
+    def forward(
+        self, sequences: Mapping[str, Tensor], places: Tensor, feedback: FeedbackDensity, number: int = 0
+    ) -> Tensor:
+        """The loss, see `JointLoss.forward`; it is the same for batches of every number."""
+        loss = super().forward(sequences, places, feedback)
+        return loss if self.latents is None else loss - (self._slope * self.latents).sum() / self._num_rows
+
+
+def _member_folder(training: Training, number: int) -> str | None:
+    return None if training.output_dir is None else str(Path(training.output_dir) / f"member-{number:03d}")

@@ -1,0 +1,227 @@
+"""Stochastic variational inference: the normal approximation that is closest in KL(q || p)."""
+
+import dataclasses
+import enum
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .._typing import Tensor
+from ..data import Comparisons
+from ..data.groups import FeedbackGroup
+from ..errors import ArgumentError, ConvergenceWarning, EngineError
+from ..programs import RewardModel
+from ..rewards import LoRA
+from ._guides import Guide, make_guide
+from ._problem import Problem, make_problem
+from ._settings import check_choice, check_positive
+from ._tangent import Coordinates
+from .posterior import Posterior
+from .training import Training
+
+#: The mean loss may still fall by this many nats from one tenth of the steps to the next, and count as settled.
+_SETTLED = 0.1
+#: Draws that the final bound is estimated from.
+_BOUND_DRAWS = 512
+#: Draws that posteriors made of draws keep by default.
+_HEAD_DRAWS, _LORA_DRAWS = 1000, 32
+
+
+class GuideFamily(enum.StrEnum):
+    """Family of normal distributions over (parameters, unconstrained latents)."""
+
+    FULL_RANK = "full_rank"
+    """Any covariance."""
+    LOW_RANK = "low_rank"
+    """A diagonal plus a product of `rank` columns: for many parameters."""
+    MEAN_FIELD = "mean_field"
+    """A diagonal over the parameters. Cheap; too narrow wherever the data leave parameters correlated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SVI:
+    """The normal distribution q over (parameters, unconstrained latents) that maximises E_q[log p - log q].
+
+    Gradients by reparametrised draws, the density of q held fixed ("sticking the landing", Roeder et al. 2017,
+    1703.09194), so that their noise vanishes as q nears the posterior; Adam with a step that falls to zero. For linear
+    heads q starts at Laplace's approximation. A head that is not linear keeps draws of q, since the rewards they give
+    are not normal. `LoRA` rewards get a mean-field posterior on the weights themselves, in the manner of BLoB (Wang et
+    al. 2024, 2406.11675), trained by `transformers.Trainer`. Its standard deviations start at a tenth of the prior's
+    and need some hundred steps to grow where the data say nothing; a short run is too certain, which `mean_scale` in
+    `report.diagnostics` shows.
+
+    Attributes:
+        guide: A `GuideFamily`; LoRA rewards know `"mean_field"`.
+        num_steps: Steps of the optimiser (of LoRA rewards: see `training`).
+        learning_rate: Its first step size, in units of the prior standard deviation; of Laplace's posterior for
+            `full_rank` of a linear head.
+        num_particles: Draws a step.
+        batch_size: Rows a step, drawn from every kind of feedback in proportion and scaled up; all of them by default.
+        rank: Columns of `low_rank`.
+        num_samples: Draws that the posterior of a head that is not linear (1,000 by default) or of LoRA weights (32)
+            keeps.
+        training: How LoRA weights are trained.
+        memory_gib: Refuse to start work that needs more memory than this.
+
+    Raises:
+        ArgumentError: A setting is not one of the known values.
+
+    Example:
+        >>> import bayesrm as brm, numpy as np
+        >>> data = brm.Comparisons.from_arrays(np.eye(2), candidates=[[0, 1]] * 3, outcome=[0, 0, 1])
+        >>> model = brm.RewardModel(brm.rewards.Linear(), brm.likelihoods.BradleyTerry())
+        >>> posterior = brm.fit(model, data, inference=SVI(num_steps=200))
+        >>> round(posterior.report.diagnostics["elbo"], 1)
+        -2.4
+    """
+
+    guide: str = "full_rank"
+    num_steps: int = 1000
+    learning_rate: float = 0.02
+    num_particles: int = 8
+    batch_size: int | None = None
+    rank: int = 10
+    num_samples: int | None = None
+    training: Training = dataclasses.field(default_factory=Training)
+    memory_gib: float = 8.0
+
+    def __post_init__(self) -> None:
+        check_choice("guide", self.guide, GuideFamily)
+        for name in ("num_steps", "num_particles", "rank"):
+            check_positive(name, getattr(self, name))
+        for name in ("num_samples", "batch_size"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ArgumentError(f"`learning_rate` is {self.learning_rate}; it is a positive number")
+        if not self.memory_gib > 0.0:
+            raise ArgumentError(f"`memory_gib` is {self.memory_gib}; it is a positive number of GiB")
+
+    def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> Posterior:
+        """The closest normal posterior, see `bayesrm.fit`."""
+        begin = time.perf_counter()
+        if isinstance(program.reward, LoRA):
+            return self._fit_lora(program, data, seed=seed, progress=progress)
+        problem = make_problem(
+            program, data, seed=seed, progress=progress, memory_gib=self.memory_gib,
+            # A diagonal means something in the parameters, nothing in a basis of their row space.
+            coordinates=Coordinates.PRIMAL if self.guide == "mean_field" else Coordinates.AUTO,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        guide = make_guide(self.guide, problem, self.rank, generator)
+        settled = self._optimise(problem, guide, generator, progress)
+        bound, error = _bound(problem, guide, generator)
+        report = dataclasses.replace(
+            problem.report(self, self._settings(), data, seed),
+            converged=settled,
+            gradient_norm=0.0,
+            iterations=self.num_steps,
+            diagnostics={"elbo": bound, "elbo_std_error": error},
+        )
+        if program.head.is_linear:
+            mean, factor = guide.precision_factor()
+            report = dataclasses.replace(report, seconds=time.perf_counter() - begin)
+            return problem.gaussian_posterior(report, mean, factor)
+        with torch.no_grad():
+            x, log_q = guide.draw(self.num_samples or _HEAD_DRAWS, generator)
+            log_ratio = torch.cat([problem.log_joints(part) for part in x.split(64)]) - log_q
+        report = dataclasses.replace(report, seconds=time.perf_counter() - begin)
+        return problem.posterior_of_draws(report, x, log_ratio=log_ratio)
+
+    def _fit_lora(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> Posterior:
+        from ._lora_svi import fit_mean_field
+
+        if self.guide != "mean_field":
+            raise EngineError(
+                f"`guide='{self.guide}'` is for heads; the weights of a LoRA reward get SVI(guide='mean_field'), and "
+                "its tangent, the program of a Laplace posterior, any guide"
+            )
+        if self.batch_size is not None:
+            raise EngineError("`batch_size` is for heads; that of a LoRA reward is in `training`")
+        begin = time.perf_counter()
+        posterior = fit_mean_field(
+            program, data, self.training, num_samples=self.num_samples or _LORA_DRAWS, seed=seed, progress=progress
+        )  # fmt: skip
+        posterior.report = dataclasses.replace(
+            posterior.report,
+            engine={"name": "SVI", "settings": self._settings()},
+            seconds=time.perf_counter() - begin,
+        )
+        return posterior
+
+    def _settings(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {
+            "training": self.training.to_config()
+        }
+
+    def _optimise(self, problem: Problem, guide: Guide, generator: torch.Generator, progress: bool) -> bool:
+        """Maximises the bound; returns whether it had settled at the end."""
+        optimiser = torch.optim.Adam(guide.parameters, lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.num_steps)
+        batches = _batches(problem.density.groups, self.batch_size, generator)
+        whole = problem.density
+        losses = []
+        try:
+            for _ in tqdm(range(self.num_steps), unit="step", disable=not progress):
+                problem.density = whole if self.batch_size is None else whole.of_groups(next(batches))
+                optimiser.zero_grad()
+                x, log_q = guide.draw(self.num_particles, generator, stop_density=True)
+                loss = (log_q - problem.log_joints(x)).mean()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                losses.append(float(loss.detach()))
+        finally:
+            problem.density = whole
+        return _settled(losses, self.num_steps)
+
+
+def _settled(losses: Sequence[float], num_steps: int) -> bool:
+    tenth = max(1, num_steps // 10)
+    last, before = (torch.tensor(part, dtype=torch.float64) for part in (losses[-tenth:], losses[-2 * tenth : -tenth]))
+    if len(before) < 2:
+        return True
+    gain = float(before.mean() - last.mean())
+    noise = float((before.var() / len(before) + last.var() / len(last)).sqrt())
+    settled = gain <= _SETTLED + 3.0 * noise
+    if not settled:
+        warnings.warn(
+            f"SVI stopped after {num_steps} steps while the bound still rose by {gain:.2g} nats in a tenth of them; "
+            "raise `num_steps` or `learning_rate`",
+            ConvergenceWarning,
+            stacklevel=5,
+        )
+    return settled
+
+
+def _bound(problem: Problem, guide: Guide, generator: torch.Generator) -> tuple[float, float]:
+    """The evidence lower bound with its standard error."""
+    with torch.no_grad():
+        x, log_q = guide.draw(_BOUND_DRAWS, generator)
+        values = torch.cat([problem.log_joints(part) for part in x.split(64)]) - log_q
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+
+
+def _batches(
+    groups: Sequence[FeedbackGroup], batch_size: int | None, generator: torch.Generator
+) -> Iterator[list[FeedbackGroup]]:
+    """Random rows of every group, in proportion to its size, their weights scaled up to stand for the whole group."""
+    total = sum(len(g.items) for g in groups)
+    shares = [min(len(g.items), max(1, round((batch_size or total) * len(g.items) / total))) for g in groups]
+    while True:
+        orders = [torch.randperm(len(g.items), generator=generator) for g in groups]
+        for step in range(max(1, min(len(g.items) // n for g, n in zip(groups, shares, strict=True)))):
+            yield [
+                _rows(g, order[step * n : (step + 1) * n]) for g, order, n in zip(groups, orders, shares, strict=True)
+            ]
+
+
+def _rows(group: FeedbackGroup, index: Tensor) -> FeedbackGroup:
+    part = group.map_arrays(lambda a: a[index])
+    comparison = dataclasses.replace(part.comparison, num_rows=len(index))
+    return dataclasses.replace(part, comparison=comparison, weight=part.weight * (len(group.items) / len(index)))
