@@ -13,6 +13,7 @@ COMMANDS = {
     "fit": ("fit", "fit a program to feedback and save its posterior"),
     "predict": ("predict", "predict feedback and score it, or rewards of candidates"),
     "select": ("select", "pick a response for each prompt"),
+    "report": ("report", "judge a saved posterior in one HTML file"),
     "simulate": ("simulate", "draw feedback from a program, with the truth beside it"),
     "demo": ("_run_demo", "run the demonstration and write its report"),
 }
