@@ -251,6 +251,17 @@ class _Distributions:
         return _constructor(name)
 
 
+class _Bernoulli(pyro.distributions.Bernoulli):  # type: ignore[misc]
+    """Torch's scores floating answers alone; feedback is integer, as NumPyro takes it."""
+
+    def log_prob(self, value: Any) -> Any:
+        return super().log_prob(value.to(self.logits.dtype))
+
+
+#: Distributions under Pyro that differ from Pyro's own.
+_TORCH: dict[str, Any] = {"Bernoulli": _Bernoulli}
+
+
 @functools.cache
 def _constructor(name: str) -> Callable[..., Any]:
     def construct(*args: Any, **kwargs: Any) -> Any:
@@ -263,7 +274,7 @@ def _constructor(name: str) -> Callable[..., Any]:
             return getattr(importlib.import_module("numpyro.distributions"), name)(*args, **kwargs)
         like = next((v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()), None)
         dtype, device = (backend.dtype, backend.device) if like is None else (like.dtype, like.device)
-        constructor = getattr(pyro.distributions, name)
+        constructor = _TORCH.get(name) or getattr(pyro.distributions, name)
         constraints = getattr(constructor, "arg_constraints", {})
         names = _parameter_names(constructor)
         positional = [_number(v, constraints.get(p), dtype, device) for p, v in zip(names, args, strict=False)]

@@ -60,10 +60,7 @@ def _prior_whitening(program: RewardModel, design: Comparisons) -> tuple[Tensor,
     center, spread = program.standardisation(raw, design.groups())
     features = (raw - center) / spread
     shapes = program.head.parameter_shapes(raw.shape[1])
-    scales = [
-        torch.full((int(torch.Size(s).numel()),), program.prior.of(n) ** -0.5).double() for n, s in shapes.items()
-    ]
-    scale = torch.cat(scales)
+    scale = torch.cat([_full(shape, program.prior.of(site) ** -0.5) for site, shape in shapes.items()])
 
     def rewards(whitened: Tensor) -> Tensor:
         value: Tensor = program.head.apply(unflatten(whitened * scale, shapes), features)
@@ -71,3 +68,7 @@ def _prior_whitening(program: RewardModel, design: Comparisons) -> tuple[Tensor,
 
     zero = torch.zeros_like(scale)
     return torch.linalg.pinv(torch.func.jacrev(rewards)(zero)), rewards(zero)
+
+
+def _full(shape: tuple[int, ...], value: float) -> Tensor:
+    return torch.full((int(torch.Size(shape).numel()),), value, dtype=torch.float64)

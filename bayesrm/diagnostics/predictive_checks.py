@@ -91,6 +91,7 @@ def predictive_check(
 
     Example:
         >>> import bayesrm as brm
+        >>> from bayesrm.diagnostics import tie_rate
         >>> x = np.random.default_rng(0).normal(size=(60, 3))
         >>> design = brm.Comparisons.from_arrays(x, candidates=np.arange(60).reshape(30, 2), outcome=[0] * 30)
         >>> model = brm.RewardModel(brm.rewards.Linear(), brm.likelihoods.Davidson())

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 import bayesrm as brm
-from bayesrm.diagnostics import Feedback, all_predictive_checks, predictive_check
+from bayesrm.diagnostics import Feedback, PredictiveCheck, all_predictive_checks, predictive_check
 from bayesrm.diagnostics import feedback_statistics as checks
 from bayesrm.errors import ArgumentError
 
@@ -183,7 +183,7 @@ def test_replicates_follow_the_predictive_distribution():
 
 
 def test_p_values_by_hand():
-    check = checks.PredictiveCheck(
+    check = PredictiveCheck(
         "x", ("a", "b"), np.array([2.0, np.nan]), np.array([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0], [np.nan, 1.0]])
     )
     assert check.p_greater[0] == pytest.approx(3 / 4)

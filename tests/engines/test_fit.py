@@ -176,6 +176,18 @@ def test_a_likelihood_that_does_not_sum_to_one_is_refused(data):
         brm.fit(brm.RewardModel(brm.rewards.Linear(), doubled), data)
 
 
+def test_a_likelihood_may_return_bernoulli(data):
+    def second_wins(rewards, comparison):
+        return brm.dist.Bernoulli(logits=rewards[:, 1] - rewards[:, 0])
+
+    head = brm.rewards.Linear()
+    mine, theirs = (brm.fit(brm.RewardModel(head, one), data) for one in (second_wins, L.BradleyTerry()))
+    assert mine.report.log_evidence == pytest.approx(theirs.report.log_evidence, abs=1e-9)
+    np.testing.assert_allclose(
+        mine.predict_feedback(data).log_prob, theirs.predict_feedback(data).log_prob, rtol=0, atol=1e-9
+    )
+
+
 def test_the_sum_is_checked_away_from_equal_rewards(data):
     def uneven(rewards, comparison):
         d = rewards[:, 0] - rewards[:, 1]
