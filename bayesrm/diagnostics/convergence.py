@@ -11,7 +11,7 @@ from .. import _arviz
 from .._typing import Tensor
 from ..data import Comparisons
 from ..engines import Posterior
-from ..engines._chains import E_BFMI, ESS_PER_CHAIN, R_HAT
+from ..engines._chains import E_BFMI, ESS_PER_CHAIN, R_HAT, R_HAT_OF_MANY
 from ..engines.draws_posterior import DrawsPosterior
 from ..errors import ArgumentError
 
@@ -219,7 +219,9 @@ def _problems(c: Convergence) -> list[str]:
     if c.names and bool(torch.isnan(c.mcse).all()):
         problems.append("The chains never moved: all draws are equal.")
     disagree = torch.where(torch.isnan(c.r_hat), 0.0, c.r_hat)
-    if bool((disagree > R_HAT).any()):
+    few = ~(c.ess_bulk >= ESS_PER_CHAIN * c.num_chains)
+    limit = torch.where(few, R_HAT, R_HAT_OF_MANY)
+    if bool((disagree > limit).any()):
         problems.append(
             f"R-hat is above {R_HAT} for {_count(disagree > R_HAT, c)} (largest {float(disagree.max()):.3f}, of "
             f"{c.names[int(disagree.argmax())]}): chains disagree; run them longer."

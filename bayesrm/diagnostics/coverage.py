@@ -49,6 +49,7 @@ def coverage(
     levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
     num_resamples: int = 1000,
     interval_level: float = 0.95,
+    clusters: NDArray[np.int64] | None = None,
     seed: int = 0,
 ) -> Coverage:
     """Coverage of central intervals for the difference of each pair of candidates of a prompt.
@@ -66,6 +67,8 @@ def coverage(
         levels: Nominal coverage of the intervals.
         num_resamples: Bootstrap resamples, of prompts.
         interval_level: Coverage of the interval of each share.
+        clusters: Cluster of each prompt, shape `(B,)`, by default the prompts themselves. Prompts with one true
+            reward function share its weights: over several simulated truths, give the number of the truth.
         seed: Seed of the bootstrap and of randomised ranks.
 
     Raises:
@@ -91,17 +94,20 @@ def coverage(
     truth = torch.where(belief.valid, truth.to(belief.mean.dtype), torch.zeros_like(belief.mean))
     if not bool(torch.isfinite(truth).all()):
         raise ArgumentError("`truth` has entries of real candidates that are not finite")
+    if clusters is not None and len(clusters) != len(truth):
+        raise ArgumentError(f"`clusters` has {len(clusters)} entries for {len(truth)} prompts; give one for each")
     rng = np.random.default_rng(seed)
     parts = [_pair(belief, truth, i, j, nominal, rng) for i in range(truth.shape[1]) for j in range(i)]
-    if not parts or len(np.unique(np.concatenate([p for _, p, _ in parts]))) < 2:
-        raise ArgumentError("fewer than two prompts have two candidates whose difference is uncertain")
+    owners = np.concatenate([p if clusters is None else clusters[p] for _, p, _ in parts] or [np.zeros(0, dtype=int)])
+    _, owner = np.unique(owners, return_inverse=True)
+    count = np.bincount(owner).astype(np.float64)
+    if len(count) < 2:
+        raise ArgumentError("fewer than two prompts (or clusters) have two candidates whose difference is uncertain")
     pit, prompts, width = (np.concatenate(column) for column in zip(*parts, strict=True))
-    _, prompt = np.unique(prompts, return_inverse=True)
-    count = np.bincount(prompt).astype(np.float64)
     tail = (1 - interval_level) / 2
     covered = []
     for level in nominal:
-        inside = np.bincount(prompt, np.abs(pit - 0.5) <= level / 2).astype(np.float64)
+        inside = np.bincount(owner, np.abs(pit - 0.5) <= level / 2).astype(np.float64)
         value, draws = redrawn(lambda copies, a, b: (copies @ a) / (copies @ b), (inside, count), num_resamples, seed)
         low, high = np.quantile(draws, [tail, 1 - tail])
         covered.append(Estimate(value, float(low), float(high), interval_level))

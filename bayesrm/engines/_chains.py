@@ -1,5 +1,6 @@
 """Convergence of Markov chains in a few numbers, and the sentences that go with them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,8 +9,10 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 
 from .._typing import Tensor
 
-#: Above this, chains disagree (Vehtari et al. 2021, 1903.08008).
+#: Above this, chains disagree (Vehtari et al. 2021, 1903.08008), where they have too few effective draws.
 R_HAT = 1.01
+#: Above this they disagree however many those are; the largest R-hat of hundreds of quantities passes 1.01 by chance.
+R_HAT_OF_MANY = 1.05
 #: Fewer effective draws than this a chain make R-hat itself unreliable (Vehtari et al. 2021).
 ESS_PER_CHAIN = 100
 #: Below this, momenta explore the energies too slowly (Betancourt 2016, 1604.00695).
@@ -66,10 +69,19 @@ def _problems(found: Mapping[str, Any], num_chains: int, draws: int) -> list[str
             f"{found['divergences']} of {draws} draws diverged: the posterior has regions the sampler cannot enter; "
             "raise `target_accept`, or declare latents in a non-centred form"
         )
-    if found["r_hat"] > R_HAT:
-        problems.append(f"the largest R-hat is {found['r_hat']:.3f}, above {R_HAT}: chains disagree; run them longer")
+    needed = ESS_PER_CHAIN * num_chains
+    limit = R_HAT if found["ess"] < needed else R_HAT_OF_MANY
+    longer = math.ceil(1.2 * draws / num_chains * needed / max(found["ess"], 1.0) / 100) * 100
+    if found["r_hat"] > limit:
+        problems.append(
+            f"the largest R-hat is {found['r_hat']:.3f}, above {limit}: chains disagree; run them longer, with "
+            "`num_warmup` and `num_samples` doubled at least"
+        )
     if found["ess"] < min(ESS_PER_CHAIN, draws / num_chains / 4) * num_chains:
-        problems.append(f"the smallest effective sample size is {found['ess']:.0f} of {draws} draws; run longer chains")
+        problems.append(
+            f"the smallest effective sample size is {found['ess']:.0f} of {draws} draws; about `num_samples={longer}` "
+            f"would give {needed}"
+        )
     if found["e_bfmi"] < E_BFMI:
         problems.append(f"E-BFMI is {found['e_bfmi']:.2f}, below {E_BFMI}: tails are explored too slowly")
     if found["saturated"] > 0.05:

@@ -49,7 +49,7 @@ def summarise(posterior: "Posterior") -> str:
 
 
 def _engine_lines(r: FitReport) -> list[str]:
-    found = r.diagnostics or {}
+    found = r.diagnostics
     lines = []
     if "divergences" in found:
         lines.append(

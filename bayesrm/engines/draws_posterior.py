@@ -51,6 +51,7 @@ class DrawsPosterior(Posterior):
         self.z = z
         self.unconstrained_latents = latents
         self._num_chains = num_chains
+        self._default_draws = len(z)
         self.sample_stats = dict(sample_stats or {})
         self.log_ratio = log_ratio
         self._expansion = expansion

@@ -76,8 +76,8 @@ class ImportanceSampling:
             raise EngineError(
                 f"the importance weights have k-hat {smoothed.k_hat:.2f}, above {limit:.2f}: the proposal misses too "
                 f"much of the posterior ({x.shape[1]} dimensions, {smoothed.ess:.0f} effective of {len(x)} draws) "
-                "for a correction to be trusted; use NUTS, give the proposal heavier tails by `degrees_of_freedom`, or "
-                "declare fewer latents"
+                "for a correction to be trusted; use NUTS, another proposal (Laplace(), SVI(guide='full_rank')), "
+                "or heavier tails by `degrees_of_freedom`"
             )
         kept = _systematic(smoothed.log_weights.exp(), generator)
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -86,7 +86,7 @@ class ImportanceSampling:
             proposal.report,
             engine={"name": "ImportanceSampling", "settings": settings},
             diagnostics={
-                **(proposal.report.diagnostics or {}),
+                **proposal.report.diagnostics,
                 "k_hat": smoothed.k_hat,
                 "ess": smoothed.ess,
                 "distinct_draws": len(torch.unique(kept)),

@@ -138,6 +138,7 @@ class NetworkPosterior(Posterior):
         self.schema = schema
         self.report = report
         self.unconstrained_latents = latents
+        self._default_draws = len(latents)
         self.log_density = dict(log_density or {})
 
     @property
@@ -294,5 +295,5 @@ def network_report(
             "resumed_from": next((run.resumed_from for run in reversed(runs) if run.resumed_from), None),
             "final_loss": max((float(entry["loss"]) for entry in last), default=None),
         },
-        diagnostics=diagnostics,
+        diagnostics=dict(diagnostics or {}),
     )

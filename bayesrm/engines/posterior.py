@@ -199,13 +199,13 @@ class Posterior(abc.ABC):
         features, outside = self._encoded(data)
         return self._belief(features[order], sizes, None if outside is None else outside[order])
 
-    def draw(self, data: Comparisons, *, num_samples: int = 1000, seed: int = 0) -> JointDraws:
+    def draw(self, data: Comparisons, *, num_samples: int | None = None, seed: int = 0) -> JointDraws:
         """Joint posterior draws of the rewards of all items of `data` and of the likelihood's latents.
 
         Args:
             data: Comparisons, those of the fit or others.
-            num_samples: Number of draws; a posterior that is made of draws gives those it has, at most as many, spread
-                evenly over its chains.
+            num_samples: Number of draws. A posterior that is made of draws gives those it has, at most as many, spread
+                evenly over its chains; by default all of them, and 1,000 of a normal posterior.
             seed: Seed of what is drawn anew; the same seed draws the same parameters whatever the data.
 
         Example:
@@ -215,6 +215,7 @@ class Posterior(abc.ABC):
             >>> brm.fit(model, data).draw(data, num_samples=7).rewards.shape
             torch.Size([7, 2])
         """
+        num_samples = self._default_draws if num_samples is None else num_samples
         if num_samples < 1:
             raise ArgumentError(f"`num_samples` is {num_samples}; at least 1 draw is needed")
         order, sizes = _by_prompt(data)
@@ -236,6 +237,8 @@ class Posterior(abc.ABC):
 
     #: Number of Markov chains that draws come from.
     _num_chains = 1
+    #: Draws that `draw` gives when it is not told how many.
+    _default_draws = 1000
 
     def _density_of(self, data: Comparisons) -> FeedbackDensity:
         """The density of other data, annotators coded as in training."""

@@ -54,5 +54,5 @@ class FitReport:
     structure_check: Mapping[str, float] | None = None
     refinement: Mapping[str, float] | None = None
     training: Mapping[str, Any] | None = None
-    diagnostics: Mapping[str, Any] | None = None
+    diagnostics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data_digest: str | None = None

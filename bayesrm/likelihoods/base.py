@@ -267,7 +267,10 @@ def from_config(config: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """
     name = config["name"]
     if name is None:
-        raise LikelihoodError("the likelihood was saved unregistered; pass it as `likelihood=...`")
+        raise LikelihoodError(
+            "the likelihood was saved unregistered; pass it as `Posterior.from_pretrained(path, likelihood=...)`, or "
+            "register it with `@likelihoods.register('name')` before saving"
+        )
     if name not in _REGISTRY:
         raise LikelihoodError(
             f"no likelihood is registered as '{name}'; "

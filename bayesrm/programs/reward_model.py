@@ -209,8 +209,8 @@ class RewardModel:
         data: Comparisons,
         *,
         seed: int,
-        parameters: Mapping[str, Tensor] | None = None,
-        latents: Mapping[str, Tensor] | None = None,
+        parameters: Mapping[str, Tensor | float] | None = None,
+        latents: Mapping[str, Tensor | float] | None = None,
     ) -> Simulation:
         """Draws feedback of every kind from the program, for the comparisons that `data` declares.
 

@@ -162,3 +162,18 @@ def test_a_fitted_posterior_covers_the_rewards_that_made_its_data():
 def test_refuses_nonsense(belief, truth, settings, match):
     with pytest.raises(ArgumentError, match=match):
         coverage(belief, truth, **settings)
+
+
+def test_clusters_of_prompts_are_redrawn_together():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(20, 2, generator=generator, dtype=torch.float64)
+    belief = RewardBelief(truth + 0.0, torch.eye(2, dtype=torch.float64).expand(20, 2, 2))
+    away = truth.clone()
+    away[10:, 0] += 5.0
+    alone, together = (coverage(belief, away, clusters=c) for c in (None, np.arange(20) // 10))
+    assert alone.covered[0].value == together.covered[0].value == 0.5
+    # Two clusters, one covered and one not: the share is anything.
+    assert (together.covered[0].low, together.covered[0].high) == (0.0, 1.0)
+    assert alone.covered[0].low > 0.2
+    with pytest.raises(ArgumentError, match="`clusters` has 3 entries for 20 prompts"):
+        coverage(belief, away, clusters=np.zeros(3, dtype=np.int64))

@@ -49,7 +49,7 @@ def engine(posterior: Posterior, extra: list[Check]) -> Section:
     report = posterior.report
     name = report.engine["name"]
     checks = [*_point(report), *_optimum(report), *_training(report), *_structure(report), *_refinement(report),
-              *_weights(report), *_chains(report.diagnostics or {}), *extra]  # fmt: skip
+              *_weights(report), *_chainsreport.diagnostics, *extra]  # fmt: skip
     failed = [c for c in checks if c.status in (Status.CAUTION, Status.PROBLEM)]
     status = worst([c.status for c in checks])
     if failed:
@@ -176,7 +176,7 @@ def _refinement(report: FitReport) -> list[Check]:
 
 
 def _weights(report: FitReport) -> list[Check]:
-    found = report.diagnostics or {}
+    found = report.diagnostics
     if found.get("k_hat") is None:
         return []
     ess = None if found.get("ess") is None else float(found["ess"])
@@ -187,12 +187,15 @@ def _chains(found: Mapping[str, Any]) -> list[Check]:
     checks = []
     if found.get("r_hat") is not None:
         r_hat = float(found["r_hat"])
+        failed = Status.PROBLEM if r_hat > GRAVE_R_HAT else Status.CAUTION
+        # The fit knows how many quantities the largest is of.
+        agree = r_hat <= _R_HAT or (r_hat <= GRAVE_R_HAT and "problems" in found and not found["problems"])
         checks.append(
             judged(
                 "chains agree",
                 f"R-hat {r_hat:.3f}",
-                f"at most {_R_HAT}",
-                None if r_hat <= _R_HAT else Status.PROBLEM if r_hat > GRAVE_R_HAT else Status.CAUTION,
+                f"at most {_R_HAT}, or {GRAVE_R_HAT} with enough draws",
+                None if agree else failed,
                 f"the largest R-hat is {r_hat:.3f}: the chains have not found the same distribution.",
                 "Run longer chains with a longer warm-up.",
             )
@@ -243,7 +246,7 @@ def _facts(report: FitReport) -> Html:
     known = ("k_hat", "ess", "r_hat", "divergences", "problems")
     rows += [
         (k, f"{v:.4g}" if isinstance(v, float) else str(v))
-        for k, v in (report.diagnostics or {}).items()
+        for k, v in report.diagnostics.items()
         if k not in known
     ]
     return table("The fit", ["setting", "value"], rows)

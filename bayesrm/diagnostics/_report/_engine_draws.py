@@ -52,7 +52,7 @@ def is_markov_chain(posterior: Posterior) -> bool:
 
 
 def _weights(posterior: Posterior, train: Comparisons | None, seed: int) -> list[Check]:
-    known = (posterior.report.diagnostics or {}).get("k_hat") is not None
+    known = posterior.report.diagnostics.get("k_hat") is not None
     if train is None or known or feedback_digest(train) != posterior.report.data_digest:
         return []
     log_ratio = posterior.draw(train, num_samples=2000, seed=seed).log_ratio
