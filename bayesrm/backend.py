@@ -258,8 +258,37 @@ class _Bernoulli(pyro.distributions.Bernoulli):  # type: ignore[misc]
         return super().log_prob(value.to(self.logits.dtype))
 
 
+class _Categorical(pyro.distributions.Categorical):  # type: ignore[misc]
+    """Of two outcomes the log odds alone count: no digits are lost where one is nearly certain."""
+
+    def log_prob(self, value: Any) -> Any:
+        if self._num_events != 2:
+            return super().log_prob(value)
+        odds = self.logits[..., 0] - self.logits[..., 1]
+        return torch.nn.functional.logsigmoid(torch.where(value == 0, odds, -odds))
+
+
 #: Distributions under Pyro that differ from Pyro's own.
-_TORCH: dict[str, Any] = {"Bernoulli": _Bernoulli}
+_TORCH: dict[str, Any] = {"Bernoulli": _Bernoulli, "Categorical": _Categorical}
+
+
+@functools.cache
+def _numpyro_categorical() -> Any:
+    """NumPyro's categorical distribution without its look-up, whose derivative is a slow scatter on a CPU."""
+    jax, jnp = importlib.import_module("jax"), _jnp()
+    base = importlib.import_module("numpyro.distributions").CategoricalLogits
+
+    class Categorical(base):  # type: ignore[misc, valid-type]
+        def log_prob(self, value: Any) -> Any:
+            if self.logits.shape[-1] == 2:
+                odds = self.logits[..., 0] - self.logits[..., 1]
+                s = jnp.where(value == 0, odds, -odds)
+                # jax.nn.log_sigmoid is the same, with a derivative that takes twice as many exponentials.
+                return jnp.minimum(s, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(s)))
+            chosen = jnp.arange(self.logits.shape[-1]) == jnp.asarray(value)[..., None]
+            return jnp.where(chosen, jax.nn.log_softmax(self.logits), 0.0).sum(-1)
+
+    return Categorical
 
 
 @functools.cache
@@ -271,6 +300,8 @@ def _constructor(name: str) -> Callable[..., Any]:
             # Engines evaluate a program thousands of times; it has been validated when it was first run.
             kwargs.setdefault("validate_args", False)
         if (_name_of(*values) or backend.name) == "jax":
+            if name == "Categorical" and not args and "logits" in kwargs:
+                return _numpyro_categorical()(**kwargs)
             return getattr(importlib.import_module("numpyro.distributions"), name)(*args, **kwargs)
         like = next((v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()), None)
         dtype, device = (backend.dtype, backend.device) if like is None else (like.dtype, like.device)

@@ -1,6 +1,6 @@
 """Variational inference: the closest normal posterior; on adapters a mean-field posterior over the weights themselves.
 
-Roeder et al., 1703.09194; for adapters, with `--engine.guide mean_field`, as in Wang et al., 2406.11675.
+Roeder et al., 1703.09194; for adapters as in Wang et al., 2406.11675.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import bayesrm as brm
 
 def build(
     *,
-    guide: str = "full_rank",
+    guide: str | None = None,
     num_steps: int = 1000,
     guide_learning_rate: float = 0.02,
     num_particles: int = 8,
@@ -23,7 +23,7 @@ def build(
     """Makes the engine.
 
     Args:
-        guide: full_rank, low_rank or mean_field.
+        guide: full_rank (of heads by default), low_rank or mean_field (of adapters).
         num_steps: Steps of the optimiser for heads.
         guide_learning_rate: Its first step size.
         num_particles: Draws a step.

@@ -11,7 +11,8 @@ from jsonargparse import Namespace
 from ..beliefs import RewardBelief
 from ..data import Comparisons
 from ..diagnostics import Estimate, bootstrap, score
-from ..engines import FeedbackPrediction
+from ..engines import FeedbackPrediction, NetworkDraws
+from ..rewards import ProjectedHead
 from . import _files, _parser
 from ._candidates import Candidates, holds_candidates, read_candidates
 from ._console import Console, dump
@@ -54,8 +55,10 @@ def run(settings: Namespace, console: Console) -> None:
     else:
         data = load_data(settings)
         console.say(f"{data.summary()}\n")
-        features = posterior.program.encode(data, progress=True).numpy()
-        prediction = posterior.predict_feedback(data.with_features(features), seed=settings.seed)
+        if not isinstance(posterior.program.head, ProjectedHead | NetworkDraws):
+            # Those make features of their own; for others, this shows progress.
+            data = data.with_features(posterior.program.encode(data, progress=True).numpy())
+        prediction = posterior.predict_feedback(data, seed=settings.seed)
         rows = list(feedback_rows(data, prediction))
         scores = metrics(data, prediction, settings.seed)
         record |= {"data": describe(data), "metrics": scores}

@@ -16,7 +16,7 @@ from ..engines.draws_posterior import DrawsPosterior
 from ..errors import ArgumentError
 
 #: Each half of a chain needs two draws for a variance.
-_MIN_DRAWS = 4
+MIN_DRAWS = 4
 #: Share of trajectories of full length that costs little.
 _MOST_SATURATED = 0.05
 
@@ -160,8 +160,8 @@ def of_chains(
     """
     stats = sample_stats or {}
     length = len(values) // num_chains
-    if length < _MIN_DRAWS:
-        raise ArgumentError(f"chains have {length} draws; R-hat needs at least {_MIN_DRAWS}")
+    if length < MIN_DRAWS:
+        raise ArgumentError(f"chains have {length} draws; R-hat needs at least {MIN_DRAWS}")
     if len(names) != values.shape[1]:
         raise ArgumentError(f"`names` has {len(names)} entries for {values.shape[1]} quantities")
     moves = (values.amax(0) - values.amin(0)) > 1e-12 * values.abs().amax(0)
@@ -215,7 +215,7 @@ def _index(position: int, shape: torch.Size) -> str:
 def _problems(c: Convergence) -> list[str]:
     problems = []
     if c.num_chains == 1:
-        problems.append("There is one chain, which cannot show whether chains agree; run at least 4.")
+        problems.append("One chain cannot show whether chains agree; run at least 2, better 4.")
     if c.names and bool(torch.isnan(c.mcse).all()):
         problems.append("The chains never moved: all draws are equal.")
     disagree = torch.where(torch.isnan(c.r_hat), 0.0, c.r_hat)

@@ -106,6 +106,28 @@ def top_label(prediction: FeedbackPrediction) -> tuple[NDArray[np.float64], NDAr
     )
 
 
+def top_choice(prediction: FeedbackPrediction) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """As `top_label`, but of rankings the candidate that is likeliest in first place.
+
+    Of n candidates there are n! orders, so that even the likeliest is improbable and says little of the reward.
+    """
+    parts = []
+    for group in prediction.groups:
+        if group.probs is None or group.observed is None or group.outcomes is None:
+            continue
+        kind, width = group.label.split(".")[:2]
+        probs, observed = group.probs.numpy(), group.observed.numpy()
+        if kind == "ranking":
+            ((_, first),) = _sets_of_outcomes(kind, int(width), group.outcomes.numpy())
+            probs, observed = probs @ first, first[observed].argmax(1)
+        top = probs.argmax(1)
+        parts.append((probs[np.arange(len(probs)), top], (top == observed).astype(float), group.rows.numpy()))
+    if not parts:
+        raise ArgumentError("no row has outcomes that can be enumerated; calibration of its answers is undefined")
+    confidence, occurred, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return confidence, occurred, rows
+
+
 def randomised_pit(prediction: FeedbackPrediction, *, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Probability integral transform of ratings: F(y - 1) + v p(y) with uniform v, and the row of each.
 

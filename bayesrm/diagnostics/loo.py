@@ -19,6 +19,7 @@ from ..engines._digest import feedback_digest
 from ..engines._evaluation import evaluations
 from ..engines._settings import check_choice
 from ..engines.draws import JointDraws
+from ..engines.draws_posterior import DrawsPosterior
 from ..engines.psis import MIN_DRAWS, k_hat_threshold, pareto_smooth
 from ..errors import ArgumentError, EngineError, ParetoWarning
 
@@ -151,7 +152,8 @@ def loo(
     if len(units) < 2:
         raise ArgumentError(f"the rows that count are about {len(units)} {unit}; leaving one out needs at least 2")
     threshold = k_hat_threshold(max(num_draws, MIN_DRAWS))
-    scores = [_weighted(column, draws) if obstacle is None else None for column in log_lik.T]
+    distinct = _distinct_share(posterior)
+    scores = [_weighted(column, draws, distinct) if obstacle is None else None for column in log_lik.T]
     refitted = [refit is not None and (s is None or s.k_hat > threshold) for s in scores]
     if refit is not None:
         for i in np.flatnonzero(refitted):
@@ -223,10 +225,10 @@ def _log_weights(draws: JointDraws) -> Tensor:
     return pareto_smooth(draws.log_ratio).log_weights
 
 
-def _weighted(log_lik: Tensor, draws: JointDraws) -> _Score:
+def _weighted(log_lik: Tensor, draws: JointDraws, distinct: float) -> _Score:
     """The score of a unit with the given log likelihood, shape `(S,)`, from draws that have seen it."""
     log_weights = -log_lik if draws.log_ratio is None else draws.log_ratio - log_lik
-    efficiency = _relative_efficiency(log_lik, draws)
+    efficiency = distinct * _relative_efficiency(log_lik, draws)
     smooth = pareto_smooth(log_weights, relative_efficiency=efficiency)
     return _averaged(log_lik, smooth.log_weights, smooth.k_hat, efficiency)
 
@@ -244,6 +246,14 @@ def _relative_efficiency(log_lik: Tensor, draws: JointDraws) -> float:
         return 1.0
     likelihood = (log_lik - log_lik.max()).exp().reshape(draws.num_chains, -1, 1).numpy()
     return min(1.0, float(ess_mean(likelihood)[0]) / len(log_lik))
+
+
+def _distinct_share(posterior: Posterior) -> float:
+    """Effective over actual number of draws that were resampled in proportion to weights; 1 for others."""
+    found = posterior.report.diagnostics
+    if "distinct_draws" not in found or not isinstance(posterior, DrawsPosterior):
+        return 1.0
+    return min(1.0, float(found["ess"]) / len(posterior))
 
 
 def _refitted(
@@ -269,4 +279,4 @@ def _refitted(
         integrand = pareto_smooth(log_weights + log_lik).k_hat
         ratio = 0.0 if trained.log_ratio is None else pareto_smooth(trained.log_ratio).k_hat
         k_hat = max(integrand, ratio)
-    return _averaged(log_lik, log_weights, k_hat, _relative_efficiency(log_lik, draws))
+    return _averaged(log_lik, log_weights, k_hat, _distinct_share(posterior) * _relative_efficiency(log_lik, draws))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from pyro.ops.stats import split_gelman_rubin
 
 from .._typing import Tensor
 
@@ -15,8 +15,47 @@ R_HAT = 1.01
 R_HAT_OF_MANY = 1.05
 #: Fewer effective draws than this a chain make R-hat itself unreliable (Vehtari et al. 2021).
 ESS_PER_CHAIN = 100
+#: Halves of shorter chains are too short to judge anything by.
+MIN_DRAWS = 8
 #: Below this, momenta explore the energies too slowly (Betancourt 2016, 1604.00695).
 E_BFMI = 0.3
+
+
+def r_hat_limit(ess: float, num_chains: int) -> float:
+    """The largest R-hat that chains of so many effective draws may have."""
+    return R_HAT_OF_MANY if ess >= ESS_PER_CHAIN * num_chains else R_HAT
+
+
+def bulk_ess(chains: Tensor) -> Tensor:
+    """Effective sample size for the mean of each of D quantities, shape `(D,)`, at most S log10(S).
+
+    Vehtari et al. (2021): split chains, Geyer's initial monotone sequence (1992) over the autocorrelations of all
+    chains together. For the bulk, give normal scores of the draws.
+
+    Args:
+        chains: Shape `(chains, draws, D)`, at least 4 draws.
+    """
+    half = chains.shape[1] // 2
+    halves = torch.cat([chains[:, :half], chains[:, -half:]])
+    size = halves.shape[0] * half
+    centred = halves - halves.mean(1, keepdim=True)
+    spectrum = torch.fft.rfft(centred, n=2 * half, dim=1)
+    covariance = torch.fft.irfft(spectrum.abs().square(), n=2 * half, dim=1)[:, :half].mean(0) / half
+    within = covariance[0] * half / (half - 1)
+    total = covariance[0] + halves.mean(1).var(0)
+    correlation = 1.0 - (within - covariance) / total
+    correlation[0] = 1.0
+    pairs = correlation[: half - half % 2].reshape(-1, 2, correlation.shape[1]).sum(1)
+    kept = (pairs > 0).cumprod(0)
+    monotone = pairs.cummin(0).values * kept
+    # The even lag of the first pair that is left out still counts where it is positive (Stan).
+    following = torch.nn.functional.pad(correlation[0::2][: len(pairs)], (0, 0, 0, 1))
+    first_left = kept.sum(0, keepdim=True)
+    extra = following.gather(0, first_left)[0].clamp_min(0.0)
+    time = -1.0 + 2.0 * monotone.sum(0) + extra
+    # Of antithetic chains it may be negative: they are better than independent draws.
+    effective: Tensor = size / time.clamp_min(1.0 / math.log10(size))
+    return effective
 
 
 def chain_summary(x: Tensor, stats: Mapping[str, Tensor], num_chains: int, most_steps: int) -> dict[str, Any]:
@@ -29,14 +68,15 @@ def chain_summary(x: Tensor, stats: Mapping[str, Tensor], num_chains: int, most_
         most_steps: Longest trajectory.
 
     Returns:
-        `divergences`, `r_hat` (NaN for one chain, or fewer than 8 draws), `ess`, `e_bfmi`, `saturated` (share of
-        trajectories of full length), `mean_accept`, `leapfrog_steps`, and `problems`, a list of sentences.
+        `divergences`, `r_hat` (NaN for one chain, or fewer than 8 draws each), `ess` (NaN for fewer than 8 draws each),
+        `e_bfmi`, `saturated` (share of trajectories of full length), `mean_accept`, `leapfrog_steps`, and `problems`, a
+        list of sentences.
     """
     chains = x.reshape(num_chains, -1, x.shape[1])
     r_hat = ess = bfmi = float("nan")
-    if chains.shape[1] >= 8:
+    if chains.shape[1] >= MIN_DRAWS:
         scores = _normal_scores(x).reshape(chains.shape)
-        ess = float(effective_sample_size(scores, chain_dim=0, sample_dim=1).min())
+        ess = float(bulk_ess(scores).min())
         if "energy" in stats:
             energy = stats["energy"].reshape(num_chains, -1)
             bfmi = float((energy.diff().square().mean(1) / energy.var(1, correction=0).clamp_min(1e-300)).min())
@@ -63,21 +103,28 @@ def _normal_scores(x: Tensor) -> Tensor:
 
 
 def _problems(found: Mapping[str, Any], num_chains: int, draws: int) -> list[str]:
-    problems = []
+    problems, length = [], draws // num_chains
+    if num_chains == 1:
+        problems.append("one chain cannot show whether chains agree; run at least 2, better 4")
+    if length < MIN_DRAWS:
+        problems.append(
+            f"{length} draws a chain are too few to judge the chains by; `num_samples` should be {ESS_PER_CHAIN} at "
+            "least"
+        )
     if found["divergences"]:
         problems.append(
             f"{found['divergences']} of {draws} draws diverged: the posterior has regions the sampler cannot enter; "
             "raise `target_accept`, or declare latents in a non-centred form"
         )
     needed = ESS_PER_CHAIN * num_chains
-    limit = R_HAT if found["ess"] < needed else R_HAT_OF_MANY
-    longer = math.ceil(1.2 * draws / num_chains * needed / max(found["ess"], 1.0) / 100) * 100
+    limit = r_hat_limit(found["ess"], num_chains)
     if found["r_hat"] > limit:
         problems.append(
             f"the largest R-hat is {found['r_hat']:.3f}, above {limit}: chains disagree; run them longer, with "
             "`num_warmup` and `num_samples` doubled at least"
         )
-    if found["ess"] < min(ESS_PER_CHAIN, draws / num_chains / 4) * num_chains:
+    if found["ess"] < min(ESS_PER_CHAIN, length / 4) * num_chains:
+        longer = math.ceil(1.2 * length * needed / found["ess"] / 100) * 100
         problems.append(
             f"the smallest effective sample size is {found['ess']:.0f} of {draws} draws; about `num_samples={longer}` "
             f"would give {needed}"

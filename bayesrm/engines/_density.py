@@ -247,6 +247,21 @@ class FeedbackDensity:
             totals.append(total)
         return torch.cat(totals)
 
+    def log_priors(self, latents: Tensor) -> Tensor:
+        """Log prior of unconstrained latents, with the log Jacobian, shape `(S,)`, for latents of shape `(S, Q)`."""
+        few = self.of_groups([_first_rows(g, 1) for g in self.groups])
+        zeros = [latents.new_zeros(g.items.shape) for g in few.groups]
+
+        def one(u: Tensor) -> Tensor:
+            return few.distributions(zeros, u)[1]
+
+        if self._vectorises:
+            try:
+                return torch.func.vmap(one)(latents)
+            except RuntimeError:
+                self._vectorises = False
+        return torch.stack([one(u) for u in latents])
+
     def _log_joints_with_latents(
         self, item_rewards: Tensor, latents: Tensor, weights: Sequence[Tensor], together: int
     ) -> Tensor:

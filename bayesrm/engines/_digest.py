@@ -8,7 +8,7 @@ from ..data import Comparisons
 
 
 def feedback_digest(data: Comparisons) -> str:
-    """Hex digest of who answered what about which items; features count, the texts do not."""
+    """Hex digest of who answered what about which items, texts and features included."""
     state = xxhash.xxh3_128()
 
     def add(array: object) -> object:
@@ -23,6 +23,10 @@ def feedback_digest(data: Comparisons) -> str:
     add(data.prompt_of_item)
     for name in data.annotators:
         state.update(name.encode() + b"\0")
+    for texts in (data._prompts, data._items):
+        for i in range(len(texts)):
+            text = texts[i].value.encode(errors="surrogatepass")
+            state.update(f"{len(text)}:".encode() + text)
     for optional in (data.features, data.words):
         if optional is not None:
             add(optional)

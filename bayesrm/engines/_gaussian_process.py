@@ -103,8 +103,10 @@ def _tuned(
     process = program.reward
     assert isinstance(process, GaussianProcess)
     median = dataclasses.replace(process, lengthscale=None).bind(features, center, spread).lengthscale
-    laplace = Laplace(memory_gib=getattr(engine, "memory_gib", 8.0))
-    amplitude = getattr(engine, "prior_precision", "given") == "marginal_likelihood"
+    # An engine that corrects another leaves the prior to that one.
+    inner = getattr(engine, "proposal", engine)
+    laplace = Laplace(memory_gib=getattr(inner, "memory_gib", 8.0))
+    amplitude = getattr(inner, "prior_precision", "given") == "marginal_likelihood"
 
     def at(point: np.ndarray) -> RewardModel:
         head = process.bind(features, center, spread, lengthscale=median * math.exp(point[0]))

@@ -43,8 +43,9 @@ class Arrays:
     Attributes:
         groups: Arrays of the groups, in the order of `FeedbackGroup.map_arrays`.
         features: Features of a head that is not linear, shape `(items, D)`, else `None`.
-        design: Derivative of rewards in z for a linear head, shape `(items, R)`, else `None`.
-        offset: Its rewards at z = 0, shape `(items,)`, else `None`.
+        design: For a linear head the derivative in z of the items' rewards, shape `(items, R)`, or of the contrasts of
+            all groups; else `None`.
+        offset: The same at z = 0, shape `(items,)`, else `None`.
         scale: Prior standard deviation of the parameters of a head that is not linear, shape `(P,)`, else `None`.
     """
 
@@ -69,6 +70,8 @@ class JaxDensity:
         sites: Latents of the likelihood.
         size: Number of coordinates R.
         shapes: Shapes of the parameters of a head that is not linear.
+        contrasts: Whether the design is that of contrasts: what each candidate's reward is above the first's.
+        weighted: Whether a row has another weight than 1.
     """
 
     program: RewardModel
@@ -76,13 +79,15 @@ class JaxDensity:
     sites: tuple[LatentSite, ...]
     size: int
     shapes: Mapping[str, tuple[int, ...]] | None
+    contrasts: bool
+    weighted: bool
 
     def __call__(self, x: Array, tree: tuple[Any, ...]) -> Array:
-        """The log joint at x, shape `(R + Q,)`; `tree` is `Arrays.tree()`."""
+        """The log joint at x, shape `(R + Q,)`, to be differentiated once; `tree` is `Arrays.tree()`."""
         import jax.numpy as jnp
 
         arrays, features, design, offset, scale = tree
-        z = x[: self.size]
+        z, u = x[: self.size], x[self.size :]
         if self.shapes is None:
             rewards = offset + design @ z
         else:
@@ -90,23 +95,79 @@ class JaxDensity:
             rewards = self.program.head.apply(_split(z * scale, self.shapes), features)
         queue = iter(arrays)
         groups = [g.map_arrays(lambda _: next(queue)) for g in self.templates]
-        given, transforms = {}, self._transforms(x, groups)
-        for s in self.sites:
-            given[s.name] = transforms[s.name](
-                x[self.size + s.start : self.size + s.stop].reshape(s.unconstrained_shape)
-            )
-        recorder = Recorder(given)
-        with recorder:
-            distributions = self.program.feedback([rewards[g.items] for g in groups], [g.comparison for g in groups])
-        total = -0.5 * jnp.sum(z**2) - 0.5 * self.size * np.log(2 * np.pi)
+        total = -0.5 * jnp.sum(z**2) - 0.5 * self.size * np.log(2 * np.pi) + self._log_prior(u, groups)
+        if self.contrasts and all(g.comparison.num_candidates == 2 for g in groups):
+            return total + self._log_likelihood_of_pairs(rewards, u, groups)
+        return total + self._log_likelihood(rewards, u, groups).sum()
+
+    def _log_likelihood(self, rewards: Array, u: Array, groups: Sequence[FeedbackGroup]) -> Array:
+        """Weighted log probability of each row's answer, of all groups, shape `(rows,)`."""
+        import jax.numpy as jnp
+
+        with Recorder(self._constrained(u, groups)):
+            distributions = self.program.feedback(self._of_groups(rewards, groups), [g.comparison for g in groups])
+        log_probs = []
         for d, g in zip(distributions, groups, strict=True):
+            log_prob = d.log_prob(g.outcome)
             # A masked row may have probability zero, and 0 * -inf is not 0.
-            total += jnp.sum(jnp.where(g.weight == 0, 0.0, g.weight * d.log_prob(g.outcome)))
+            log_probs.append(jnp.where(g.weight == 0, 0.0, g.weight * log_prob) if self.weighted else log_prob)
+        return jnp.concatenate(log_probs)
+
+    def _log_likelihood_of_pairs(self, contrasts: Array, u: Array, groups: Sequence[FeedbackGroup]) -> Array:
+        """The sum of `_log_likelihood` where each row depends on a contrast of its own.
+
+        One forward-mode pass differentiates every row at once, and all of it fuses; the paddings of reverse
+        mode cost half as much again for a small model on a CPU. The derivatives enter as constants of a linear function
+        whose value here is zero, so that only first derivatives are right.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        at, latents = jax.lax.stop_gradient(contrasts), jax.lax.stop_gradient(u)
+        log_probs, slopes = jax.jvp(lambda c: self._log_likelihood(c, latents, groups), (at,), (jnp.ones_like(at),))
+        total = log_probs.sum() + jnp.dot(slopes, contrasts - at)
+        if self.sites:
+            slope = jax.grad(lambda v: self._log_likelihood(at, v, groups).sum())(latents)
+            total += jnp.dot(slope, u - latents)
+        return total
+
+    def _log_prior(self, u: Array, groups: Sequence[FeedbackGroup]) -> Array | float:
+        """Log prior of the unconstrained latents, with the log Jacobian."""
+        import jax.numpy as jnp
+
+        if not self.sites:
+            return 0.0
+        transforms = self._transforms(u, groups)
+        recorder = Recorder(self._constrained(u, groups))
+        zeros = [jnp.zeros(g.items.shape, u.dtype) for g in groups]
+        with recorder:
+            self.program.feedback(zeros, [g.comparison for g in groups])
+        total = 0.0
         for s in self.sites:
             fn, value = recorder.sites[s.name]
-            u = x[self.size + s.start : self.size + s.stop].reshape(s.unconstrained_shape)
-            total += jnp.sum(fn.log_prob(value)) + jnp.sum(transforms[s.name].log_abs_det_jacobian(u, value))
+            own = u[s.start : s.stop].reshape(s.unconstrained_shape)
+            total += jnp.sum(fn.log_prob(value)) + jnp.sum(transforms[s.name].log_abs_det_jacobian(own, value))
         return total
+
+    def _constrained(self, u: Array, groups: Sequence[FeedbackGroup]) -> dict[str, Array]:
+        transforms = self._transforms(u, groups)
+        return {s.name: transforms[s.name](u[s.start : s.stop].reshape(s.unconstrained_shape)) for s in self.sites}
+
+    def _of_groups(self, rewards: Array, groups: Sequence[FeedbackGroup]) -> list[Array]:
+        """Rewards of the candidates of each group, shape `(rows, K)`, up to the first one's if there are contrasts."""
+        if not self.contrasts:
+            return [rewards[g.items] for g in groups]
+        import jax.numpy as jnp
+
+        found, start = [], 0
+        for g in groups:
+            rows, k = g.comparison.num_rows, g.comparison.num_candidates
+            above = rewards[start : start + rows * (k - 1)]
+            # A pair by a product, which fuses with what follows; padding would not.
+            padded = jnp.pad(above.reshape(rows, k - 1), ((0, 0), (1, 0)))
+            found.append(padded if k > 2 else above[:, None] * jnp.array([0.0, 1.0], rewards.dtype))
+            start += rows * (k - 1)
+        return found
 
     def _transforms(self, x: Array, groups: Sequence[FeedbackGroup]) -> dict[str, Any]:
         """The map from unconstrained to constrained space of each latent."""
@@ -159,14 +220,27 @@ def arrays_of(problem: Problem) -> Arrays:
 
     for g in problem.density.groups:
         g.map_arrays(collect)
-    linear = problem.design is not None
-    return Arrays(
-        leaves,
-        None if linear else convert(problem.features, like),
-        convert(problem.design, like) if linear else None,
-        convert(problem.offset, like) if linear else None,
-        None if linear else convert(problem.whitening.scale, like),
-    )
+    if problem.design is None or problem.offset is None:
+        return Arrays(leaves, convert(problem.features, like), None, None, convert(problem.whitening.scale, like))
+    design, offset = problem.design, problem.offset
+    if _by_contrasts(problem):
+        items = [(g.items[:, 1:].reshape(-1), g.items[:, :1].expand(-1, g.items.shape[1] - 1).reshape(-1))
+                 for g in problem.density.groups]  # fmt: skip
+        one, other = (torch.cat(index) for index in zip(*items, strict=True))
+        design, offset = design[one] - design[other], offset[one] - offset[other]
+    return Arrays(leaves, None, convert(design, like), convert(offset, like), None)
+
+
+def _is_weighted(problem: Problem) -> bool:
+    return any(bool((g.weight != 1).any()) for g in problem.density.groups)
+
+
+def _by_contrasts(problem: Problem) -> bool:
+    """Whether rewards enter through fewer contrasts than there are items, and nothing else of them counts."""
+    if problem.design is None:
+        return False
+    count = sum(len(g.items) * (g.items.shape[1] - 1) for g in problem.density.groups)
+    return 0 < count <= len(problem.design) and problem.only_differences
 
 
 _LOCK = threading.Lock()
@@ -184,13 +258,17 @@ def density_of(problem: Problem) -> tuple[JaxDensity, dict[Any, Any]]:
     key = _structure(problem)
     with _LOCK:
         found = _COMPILED.get(key)
-    if found is None:
-        found = _make(problem), {}
-        _check(found[0], problem)
-        with _LOCK:
-            if len(_COMPILED) >= _KEPT:
-                _COMPILED.pop(next(iter(_COMPILED)))
-            _COMPILED[key] = found
+    if found is not None and _agrees(found[0], found[1], problem) is None:
+        return found
+    # Not known yet; or what the likelihood reads (a global, an attribute) has changed since it was compiled.
+    found = _make(problem), {}
+    fault = _agrees(found[0], found[1], problem)
+    if fault is not None:
+        raise EngineError(fault)
+    with _LOCK:
+        if len(_COMPILED) >= _KEPT:
+            _COMPILED.pop(next(iter(_COMPILED)))
+        _COMPILED[key] = found
     return found
 
 
@@ -205,7 +283,10 @@ def _make(problem: Problem) -> JaxDensity:
 
         # A tangent holds its network; of a linear head only the design is needed.
         program = dataclasses.replace(program, reward=Linear())
-    return JaxDensity(program, templates, tuple(problem.density.sites), problem.size, shapes)
+    return JaxDensity(
+        program, templates, tuple(problem.density.sites), problem.size, shapes, _by_contrasts(problem),
+        _is_weighted(problem),
+    )  # fmt: skip
 
 
 def _structure(problem: Problem) -> Any:
@@ -218,7 +299,8 @@ def _structure(problem: Problem) -> Any:
     likelihood: Any = problem.program.likelihood
     if isinstance(likelihood, Mapping):
         likelihood = tuple(sorted(likelihood.items(), key=lambda item: item[0]))
-    key = (head, likelihood, tuple(groups), tuple(problem.raw.shape), problem.size)
+    shape = (tuple(problem.raw.shape), problem.size, _by_contrasts(problem), _is_weighted(problem))
+    key = (head, likelihood, tuple(groups), *shape)
     try:
         hash(key)
     except TypeError:
@@ -227,22 +309,32 @@ def _structure(problem: Problem) -> Any:
     return key
 
 
-def _check(density: JaxDensity, problem: Problem) -> None:
-    """Compares the log joint at two points with that under torch."""
+def _agrees(density: JaxDensity, compiled: dict[Any, Any], problem: Problem) -> str | None:
+    """Compares the log joint and its gradient at two points with those under torch; what is wrong, if anything is."""
     import jax
 
     generator = torch.Generator().manual_seed(0)
     x = 0.3 * torch.randn(2, problem.dimension, generator=generator, dtype=torch.float64)
     x[:, problem.size :] += problem.density.initial_latents
-    with torch.no_grad():
-        expected = problem.log_joints(x)
+    x.requires_grad_(True)
+    expected = problem.log_joints(x)
+    (slopes,) = torch.autograd.grad(expected.sum(), [x])
     like = jax.numpy.zeros(0)
     tree = arrays_of(problem).tree()
-    evaluate = jax.jit(density.__call__)
-    for row, value in zip(x, expected.tolist(), strict=True):
-        found = float(evaluate(convert(row, like), tree))
-        if not abs(found - value) <= 1e-8 * (1.0 + abs(value)):
-            raise EngineError(
-                f"the log joint is {found!r} under NumPyro and {value!r} under Pyro at the same point; write the "
-                "likelihood with `bayesrm.ops` and `dist` alone, or use NUTS(backend='pyro')"
+    evaluate = compiled.setdefault("gradient", jax.jit(jax.value_and_grad(density.__call__)))
+    advice = (
+        "write the likelihood with `bayesrm.ops` and `dist` alone, each row depending on its own rewards, or use "
+        "NUTS(backend='pyro')"
+    )
+    for row, value, slope in zip(x.detach(), expected.detach().tolist(), slopes, strict=True):
+        try:
+            found, gradient = evaluate(convert(row, like), tree)
+        except (TypeError, AttributeError, jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+            return f"the program runs under torch only ({type(error).__name__}: {str(error).splitlines()[0]}); {advice}"
+        away = float(abs(np.asarray(gradient) - slope.numpy()).max())
+        if not abs(float(found) - value) <= 1e-8 * (1.0 + abs(value)) or not away <= 1e-6 * (1.0 + float(slope.norm())):
+            return (
+                f"the log joint is {float(found)!r} under NumPyro and {value!r} under Pyro at the same point, and its "
+                f"gradients differ by {away:.1e}; {advice}"
             )
+    return None

@@ -18,10 +18,10 @@ import torch
 from .._typing import Tensor
 from ..data import Comparisons
 from ..data.groups import FeedbackGroup
-from ..errors import ArgumentError
+from ..errors import ArgumentError, EngineError
 from ..programs import RewardModel
 from ..rewards import LoRANetwork
-from ._curvature import CurvatureKind, curvature
+from ._curvature import _prior_curvature
 from ._density import FeedbackDensity
 from ._lora_fit import train_network
 from ._settings import check_positive
@@ -30,6 +30,8 @@ from .network_posterior import NetworkDraws, NetworkPosterior, network_report
 from .training import Training, train
 
 _LOG = logging.getLogger("bayesrm")
+#: Curvature of a prior below which it has no width of its own to be moved by.
+_FLAT = 0.01
 
 
 def fit_members(
@@ -46,9 +48,9 @@ def fit_members(
     """An ensemble of a `LoRA` reward: each member a mode of the declared log joint, perturbed in its own way.
 
     All members start from the same weights. Members differ by the order of their data, by their prior's centre where
-    `anchored`, and by the weights of the prompts where `bootstrap`. To the log prior of the likelihood's latents an
-    anchored member adds a random linear term with the prior's curvature, which for a normal prior moves its mean to a
-    draw of it.
+    `anchored`, and by the weights of the prompts where `bootstrap`. The prior of the likelihood's latents is
+    moved by a normal draw with the covariance that its curvature at their start implies, which for a normal prior is an
+    anchor too.
 
     Args:
         program: A program with a `LoRA` reward.
@@ -67,7 +69,7 @@ def fit_members(
     Raises:
         ArgumentError: A setting cannot be used.
         DataError: No row has a positive weight.
-        EngineError: Training diverged.
+        EngineError: Training diverged, or a member's latents ran off to infinity.
         PersistenceError: A member's folder holds another run, or cannot be written.
     """
     begin = time.perf_counter()
@@ -92,8 +94,13 @@ def fit_members(
             _LOG.info("member %d of %d", number + 1, num_members)
             run = train(
                 network, program, data, density, own, seed=member.order_seed, progress=progress,
-                objective=member.tilted(untrained.density) if anchored and density.num_latents else None,
+                objective=member.moved(untrained.density) if anchored and density.num_latents else None,
             )  # fmt: skip
+            if not bool(run.latents.isfinite().all()):
+                raise EngineError(
+                    f"member {number} has no mode: its latents ran off to {run.latents.tolist()}; give them priors "
+                    f"with lighter tails, or lower `latent_learning_rate` ({training.latent_learning_rate})"
+                )
             weights.append(network.theta().cpu())
             latents.append(run.latents)
             runs.append(run)
@@ -114,7 +121,7 @@ class Member:
 
     Attributes:
         anchor_seed: Seed of its prior's centre.
-        latent_seed: Seed of what is added to its latents' log prior.
+        latent_seed: Seed of how far its latents' prior is moved.
         weight_seed: Seed of its weights of the prompts.
         order_seed: Seed of the order of its data.
     """
@@ -141,14 +148,17 @@ class Member:
             parts.append(part + noise * program.prior.of(site) ** -0.5)
         return torch.cat(parts)
 
-    def tilted(self, density: FeedbackDensity) -> "Tilted":
-        """The objective with a random slope in the latents, whose covariance is the curvature of their log prior."""
-        latents = density.initial_latents
-        rewards = density.gather(latents.new_zeros(1 + max(int(g.items.max()) for g in density.groups)))
-        values, vectors = torch.linalg.eigh(curvature(density, rewards, latents, CurvatureKind.AUTO, seed=0).prior)
+    def moved(self, density: FeedbackDensity) -> "MovedPrior":
+        """The objective with the latents' prior moved by a normal draw that has the covariance of its curvature."""
+        latents = density.initial_latents.detach().requires_grad_(True)
+        zeros = [latents.new_zeros(g.items.shape) for g in density.groups]
+        _, log_prior = density.distributions(zeros, latents)
+        values, vectors = torch.linalg.eigh(_prior_curvature(log_prior, latents).cpu())
+        # Directions in which the prior is flat or curves the other way have no width to move it by.
+        width = torch.where(values > _FLAT, values.clamp_min(_FLAT).rsqrt(), 0.0)
         generator = torch.Generator().manual_seed(self.latent_seed)
         noise = torch.randn(len(latents), generator=generator, dtype=torch.float64)
-        return Tilted(tuple(((vectors * values.clamp_min(0.0).sqrt()) @ noise).tolist()))
+        return MovedPrior(tuple(((vectors * width) @ noise).tolist()))
 
     def reweighted(self, program: RewardModel, data: Comparisons, density: FeedbackDensity) -> FeedbackDensity:
         """The density with each row's weight times the weight of its prompt, drawn from Exp(1)."""
@@ -163,43 +173,48 @@ class Member:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tilted:
-    """The log joint with a linear term in the unconstrained latents.
+class MovedPrior:
+    """The log joint with log p(u) of the unconstrained latents replaced by log p(u - shift).
+
+    It has a mode wherever the log joint has one, whatever the tails of the prior.
 
     Attributes:
-        slope: Its slope, one number a latent.
+        shift: One number a latent.
     """
 
-    slope: tuple[float, ...]
+    shift: tuple[float, ...]
 
     def identity(self) -> dict[str, Any]:
         """What decides the outcome of a run."""
-        return {"objective": "tilted", "objective.slope": list(self.slope)}
+        return {"objective": "moved prior", "objective.shift": list(self.shift)}
 
     def loss(
         self, network: LoRANetwork, program: RewardModel, density: FeedbackDensity, *, num_rows: int, num_batches: int
-    ) -> "TiltedLoss":
+    ) -> "MovedPriorLoss":
         """The loss module."""
-        return TiltedLoss(self.slope, network, program, density, num_rows=num_rows, num_batches=num_batches)
+        return MovedPriorLoss(self.shift, network, program, density, num_rows=num_rows, num_batches=num_batches)
 
     def start(self, network: LoRANetwork, density: FeedbackDensity) -> Tensor:
         """The latents."""
         return density.initial_latents
 
 
-class TiltedLoss(JointLoss):
-    """`JointLoss` less `slope' latents / N`."""
+class MovedPriorLoss(JointLoss):
+    """`JointLoss` with the latents' prior moved."""
 
-    def __init__(self, slope: tuple[float, ...], *arguments: Any, **sizes: Any) -> None:
+    def __init__(self, shift: tuple[float, ...], *arguments: Any, **sizes: Any) -> None:
         super().__init__(*arguments, **sizes)
-        self._slope = self._no_latents.new_tensor(slope)
+        self._shift = self._no_latents.new_tensor(shift)
 
     def forward(
         self, sequences: Mapping[str, Tensor], places: Tensor, feedback: FeedbackDensity, number: int = 0
     ) -> Tensor:
         """The loss, see `JointLoss.forward`; it is the same for batches of every number."""
-        loss = super().forward(sequences, places, feedback)
-        return loss if self.latents is None else loss - (self._slope * self.latents).sum() / self._num_rows
+        loss: Tensor = super().forward(sequences, places, feedback)
+        if self.latents is None:
+            return loss
+        here, moved = feedback.log_priors(torch.stack([self.latents, self.latents - self._shift]))
+        return loss + (here - moved) / self._num_rows
 
 
 def _member_folder(training: Training, number: int) -> str | None:

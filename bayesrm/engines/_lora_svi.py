@@ -8,6 +8,7 @@ program declares, and so are the latents of the likelihood.
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from .._typing import Tensor
 from ..data import Comparisons
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ConvergenceWarning
 from ..programs import RewardModel
 from ..rewards import LoRANetwork
 from ._density import FeedbackDensity, _weighted
@@ -26,6 +27,9 @@ from ._shared_prefix import swapped_weights
 from ._trainer import JointLoss
 from .network_posterior import NetworkDraws, NetworkPosterior, network_report
 from .training import Training, train
+
+#: Whether standard deviations have settled is tried by making all of them larger by this factor, on so many draws.
+_LARGER, _SETTLING_DRAWS = 1.1, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +230,11 @@ class Approximation:
         """Entropy of the latents, in nats."""
         return float((self.latent_scale.log() + 0.5 * math.log(2 * math.pi * math.e)).sum())
 
+    def kl_growth(self, factor: float) -> float:
+        """By how many nats the KL divergence from the weights' prior rises with all their standard deviations."""
+        squares = float((self.scale.square() * self.precision).sum())
+        return 0.5 * (factor**2 - 1.0) * squares - len(self.scale) * math.log(factor)
+
     def draw(self, num_samples: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Weights `(S, P)`, latents `(S, Q)`, and `log_q` and `log_prior`, see `NetworkPosterior.log_density`."""
         generator = torch.Generator().manual_seed(seed)
@@ -261,7 +270,9 @@ def fit_mean_field(
 
     Most weights are hardly informed by the data, and their standard deviations belong near the prior's. They start far
     below, where gradients have little noise, and need a few hundred steps to get there: a run that is too short is too
-    certain, which `mean_scale` shows.
+    certain, which `mean_scale` shows. It has not converged where the ELBO would rise if all standard deviations of the
+    weights were a tenth larger, which is found on the same draws: how far the last steps moved says nothing under a
+    learning rate that falls to zero. Whether the means have settled is not tried.
 
     Args:
         program: A program with a `LoRA` reward; the prior on the weights is centred at their initialisation.
@@ -276,8 +287,10 @@ def fit_mean_field(
         progress: Show progress.
 
     Returns:
-        The posterior. Its report's diagnostics: `elbo` with `elbo_std_error` in nats, `kl`, and `mean_scale`, the mean
-        of the standard deviations in units of the prior's. Engine, time and data digest are the caller's to fill in.
+        The posterior. Its report's diagnostics: `elbo` with `elbo_std_error` in nats, `kl`, `mean_scale`, the mean of
+        the standard deviations in units of the prior's, and `growth_gain` with `growth_gain_std_error`, the nats by
+        which the ELBO would rise if these were a tenth larger. Engine, time and data digest are the caller's to fill
+        in.
 
     Raises:
         ArgumentError: A setting cannot be used.
@@ -286,6 +299,8 @@ def fit_mean_field(
         PersistenceError: The training's folder holds another run, or cannot be written.
     """
     begin = time.perf_counter()
+    if training.epochs == 0 and training.max_steps is None:
+        raise ArgumentError("`training` has 0 epochs, which leaves the approximation where it starts; set `epochs`")
     for name, value in (
         ("init_scale", init_scale), ("latent_init_scale", latent_init_scale),
         ("scale_learning_rate", scale_learning_rate),
@@ -308,21 +323,39 @@ def fit_mean_field(
     theta, latents, log_density = q.draw(num_samples, seed)
 
     drawn = NetworkDraws(network, theta.to(network.theta().dtype), 2 * training.batch_size)
-    few = dataclasses.replace(drawn, draws=drawn.draws[:num_elbo_draws])
+    count, tried = min(num_samples, num_elbo_draws), min(num_samples, _SETTLING_DRAWS)
+    own = max(count, tried)
+    wider = (q.mean + _LARGER * (theta[:tried] - q.mean)).to(drawn.draws)
+    few = dataclasses.replace(drawn, draws=torch.cat([drawn.draws[:own], wider]))
     rewards = torch.from_numpy(few.extract_items(data, progress=progress)).T
     with torch.no_grad():
-        joint = density.log_joints(rewards, latents[:num_elbo_draws])
+        values = density.log_joints(rewards, torch.cat([latents[:own], latents[:tried]]))
         kl = float(loss.kl(loss.means()))
+    joint, change = values[:count], values[own:] - values[:tried]
+    gain, error = float(change.mean()) - q.kl_growth(_LARGER), float(change.std()) / tried**0.5
+    settled = gain <= 3.0 * error
+    mean_scale = float((q.scale * q.precision.sqrt()).mean())
     diagnostics = {
         "elbo": float(joint.mean()) + q.latent_entropy - kl,
         "elbo_std_error": float(joint.std() / len(joint) ** 0.5) if len(joint) > 1 else None,
         "kl": kl,
-        "mean_scale": float((q.scale * q.precision.sqrt()).mean()),
+        "mean_scale": mean_scale,
+        "growth_gain": gain,
+        "growth_gain_std_error": error,
     }
     report = network_report(
         "SVI", program, data, training, network, seed=seed, seconds=time.perf_counter() - begin, runs=[run],
-        diagnostics=diagnostics,
+        settled=settled, diagnostics=diagnostics,
     )  # fmt: skip
+    if not (settled or run.stopped_early):
+        warnings.warn(
+            f"SVI stopped after {run.steps} steps while standard deviations still grew: {mean_scale:.2g} of the "
+            f"prior's on average, and a tenth more would raise the bound by {gain:.2g} nats. The posterior is too "
+            "certain; raise `epochs` of `training`, for some hundred steps",
+            ConvergenceWarning,
+            # The line that called `bayesrm.fit`.
+            stacklevel=5,
+        )
     program = RewardModel(drawn, program.likelihood, program.prior)
     return NetworkPosterior(program, untrained.schema, report, latents, log_density)
 

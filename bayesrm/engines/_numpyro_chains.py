@@ -52,7 +52,7 @@ def run_chains(
         runs = [(keys, where)] if together else list(zip(keys, where, strict=True))
         total = settings.num_warmup + settings.num_samples
         draws: list[np.ndarray] = []
-        stats: dict[str, list[np.ndarray]] = {name: [] for name in _STATISTICS}
+        records: list[np.ndarray] = []
         with tqdm(total=total * settings.num_chains, unit="step", disable=not progress) as bar:
             for random, initial in runs:
                 state = start(random, initial, metric, tree)
@@ -65,10 +65,10 @@ def run_chains(
                 # Steps come first and chains second when they ran together; every chain is to be in one piece.
                 kept = [np.swapaxes(k, 0, 1).reshape(-1, *k.shape[2:]) if together else k for k in kept]
                 draws.append(kept[0])
-                for name, values in zip(_STATISTICS, kept[1:], strict=True):
-                    stats[name].append(values)
-        found = {name: torch.from_numpy(np.concatenate(values).copy()) for name, values in stats.items()}
-        return torch.from_numpy(np.concatenate(draws).copy()), found
+                records.append(kept[1])
+        x, record = (torch.from_numpy(np.concatenate(parts)) for parts in (draws, records))
+        found = dict(zip(_STATISTICS, record.T.contiguous(), strict=True))
+        return x, found | {"diverging": found["diverging"].bool(), "num_steps": found["num_steps"].long()}
 
 
 def _chunk(settings: "NUTS", progress: bool) -> int:
@@ -82,6 +82,7 @@ def _chunk(settings: "NUTS", progress: bool) -> int:
 def _compile(settings: "NUTS", density: JaxDensity, given: bool, chunk: int, together: bool) -> tuple[Any, Any]:
     """Compiled functions that start chains and advance them by `chunk` steps."""
     import jax
+    import jax.numpy as jnp
     from numpyro.infer.hmc import hmc
 
     def potential(tree: tuple[Any, ...]) -> Any:
@@ -107,7 +108,9 @@ def _compile(settings: "NUTS", density: JaxDensity, given: bool, chunk: int, tog
 
         def one(state: Any, _: None) -> Any:
             state = moved(state, (tree,))
-            return state, (state.z, *(getattr(state, name) for name in _STATISTICS))
+            # One array a step: writing many small ones would cost as much as a step of a small model.
+            recorded = jnp.stack([jnp.asarray(getattr(state, name), state.z.dtype) for name in _STATISTICS], axis=-1)
+            return state, (state.z, recorded)
 
         return jax.lax.scan(one, state, None, length=chunk)
 

@@ -1,6 +1,7 @@
 """A program in whitened coordinates x = (z, unconstrained latents), for samplers, variational fits and ensembles."""
 
 import dataclasses
+import functools
 
 import torch
 
@@ -72,6 +73,11 @@ class Problem:
         """R + Q."""
         return self.size + self.density.num_latents
 
+    @functools.cached_property
+    def only_differences(self) -> bool:
+        """Whether the feedback depends on differences of rewards inside each row alone."""
+        return self.density.only_differences()
+
     def rewards(self, z: Tensor) -> Tensor:
         """Rewards of the items at draws of the coordinates `(S, R)`, shape `(S, items)`; differentiable."""
         if self.design is not None and self.offset is not None:
@@ -137,8 +143,23 @@ def make_problem(
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
     coordinates: Coordinates = Coordinates.AUTO,
+    copies: int = 1,
+    square_matrices: int = 0,
 ) -> Problem:
     """The problem of a program with a head, checked; with a mode if asked.
+
+    Args:
+        program: The reward model.
+        data: The feedback.
+        seed: Seed of the start of a head that is not linear.
+        progress: Whether to show progress of feature extraction.
+        memory_gib: Refuse to start above this.
+        find_mode: Whether a mode of a head that is not linear is needed.
+        tolerance: Gradient norm of the mode.
+        max_iterations: Most steps to it.
+        coordinates: Coordinates of a linear head.
+        copies: Members or draws whose rewards are computed together.
+        square_matrices: How many matrices of the size of (z, latents) squared the engine holds.
 
     Raises:
         EngineError: The program cannot be served, or needs more than `memory_gib`.
@@ -147,13 +168,17 @@ def make_problem(
     shapes = program.head.parameter_shapes(raw.shape[1])
     parameters = sum(int(torch.Size(shape).numel()) for shape in shapes.values())
     rows = sum(g.items.numel() for g in density.groups)
-    needed = 8.0 * 3 * len(raw) * parameters if program.head.is_linear else 8.0 * 4 * (len(raw) + parameters)
     if program.head.is_linear:
-        needed += 8.0 * 4 * min(parameters, rows) ** 2
+        small = parameters if coordinates is Coordinates.PRIMAL else min(parameters, rows)
+        needed = 8.0 * (3 * len(raw) * parameters + copies * len(raw) + (4 + square_matrices) * small**2)
+    else:
+        activations = len(raw) * sum(shape[-1] for shape in shapes.values())
+        needed = 8.0 * (3 * copies * (activations + parameters) + square_matrices * parameters**2)
     if needed > memory_gib * _GIB:
         raise EngineError(
-            f"this fit needs about {needed / _GIB:.1f} GiB ({len(raw)} items, {parameters} parameters), above "
-            f"`memory_gib={memory_gib}`; use fewer comparisons or features, or raise `memory_gib`"
+            f"this fit needs about {needed / _GIB:.2g} GiB ({len(raw)} items, {parameters} parameters), above "
+            f"`memory_gib={memory_gib}`; use fewer comparisons or features, a narrower head, an engine without a full "
+            "covariance (SVI(guide='low_rank'), NUTS(mass_matrix='diagonal')), or raise `memory_gib`"
         )
     if program.head.is_linear:
         settings = OptimiserSettings(tolerance, max_iterations, coordinates, memory_gib, CurvatureKind.AUTO)

@@ -70,7 +70,8 @@ def _run_chain(
     )
     chain.run()
     diverging = torch.zeros(settings.num_samples, dtype=torch.bool)
-    diverging[chain.diagnostics()["divergences"]["chain 0"]] = True
+    # `chain.diagnostics()` shows the same, but computes R-hat on the way and stops where chains are too short for it.
+    diverging[chain._diagnostics[0]["divergences"]] = True
     stats = {name: torch.tensor(values, dtype=torch.float64) for name, values in recorded.items()}
     return to_x(chain.get_samples()["y"]), {"diverging": diverging, "num_steps": stats["num_steps"].long()} | {
         "accept_prob": stats["accept_prob"]

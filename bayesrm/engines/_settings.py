@@ -34,6 +34,18 @@ def check_positive(argument: str, value: int) -> None:
         raise ArgumentError(f"`{argument}` is {value!r}; it is a positive whole number")
 
 
+def check_real(argument: str, value: float) -> None:
+    """Raises `ArgumentError` unless `value` is a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < math.inf:
+        raise ArgumentError(f"`{argument}` is {value!r}; it is a positive number")
+
+
+def check_training(training: Training) -> None:
+    """Raises `ArgumentError` unless `training` is a `Training`."""
+    if not isinstance(training, Training):
+        raise ArgumentError(f"`training` is {training!r}; it is a Training(...)")
+
+
 def make_report(engine: object, fitted: Fitted, data: Comparisons, seed: int, seconds: float) -> FitReport:
     """The report that MAP and Laplace have in common."""
     assert dataclasses.is_dataclass(engine)

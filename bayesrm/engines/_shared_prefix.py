@@ -27,22 +27,26 @@ _TOLERANCE = 1e-4
 
 @contextlib.contextmanager
 def swapped_weights(network: LoRANetwork) -> Iterator[Callable[[Tensor], None]]:
-    """A function that puts a vector of shape `(P,)` into the trainable weights, which are as before at the end."""
+    """A function that puts a vector of shape `(P,)` into the trainable weights, which are as before at the end.
+
+    Other threads wait for the network until then.
+    """
     weights = list(network.sites.values())
     sizes = [p.numel() for p in weights]
-    kept = [p.data for p in weights]
-    # Views of the vector would save a copy, but rounding depends on how memory is aligned.
-    places = [torch.empty_like(data) for data in kept]
+    with network.lock:
+        kept = [p.data for p in weights]
+        # Views of the vector would save a copy, but rounding depends on how memory is aligned.
+        places = [torch.empty_like(data) for data in kept]
 
-    def put(theta: Tensor) -> None:
-        for p, place, part in zip(weights, places, theta.split(sizes), strict=True):
-            p.data = place.copy_(part.view(p.shape))
+        def put(theta: Tensor) -> None:
+            for p, place, part in zip(weights, places, theta.split(sizes), strict=True):
+                p.data = place.copy_(part.view(p.shape))
 
-    try:
-        yield put
-    finally:
-        for p, data in zip(weights, kept, strict=True):
-            p.data = data
+        try:
+            yield put
+        finally:
+            for p, data in zip(weights, kept, strict=True):
+                p.data = data
 
 
 class MemberForward:
@@ -53,7 +57,7 @@ class MemberForward:
     network; the log says so.
 
     Args:
-        network: The network; its own weights come back after each call.
+        network: The network; its own weights come back after each call, and threads wait for one another.
         draws: The weights, shape `(S, P)`.
     """
 
@@ -81,9 +85,9 @@ class MemberForward:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Rewards of a batch, shape `(n, S)`."""
-        # While training, a network may run a batch in parts.
-        self._network.eval()
         with torch.no_grad(), swapped_weights(self._network) as put:
+            # While training, a network may run a batch in parts.
+            self._network.eval()
             if not self._checked:
                 self._check(batch, put)
             return self._run(batch, put, self._draws)

@@ -1,5 +1,6 @@
 """A posterior in a few lines: what was fitted, how it went, and the latents."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,12 @@ def _engine_lines(r: FitReport) -> list[str]:
     found = r.diagnostics
     lines = []
     if "divergences" in found:
+        r_hat, ess = (
+            "unknown" if math.isnan(found[name]) else f"{found[name]:{digits}}"
+            for name, digits in (("r_hat", ".3f"), ("ess", ".0f"))
+        )
         lines.append(
-            f"  chains      largest R-hat {found['r_hat']:.3f}, smallest ESS {found['ess']:.0f}, "
+            f"  chains      largest R-hat {r_hat}, smallest ESS {ess}, "
             f"{found['divergences']} divergences" + ("" if r.converged else "  NOT CONVERGED")
         )
     elif "elbo" in found:

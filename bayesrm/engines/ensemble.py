@@ -11,17 +11,19 @@ import torch
 
 from .._typing import Tensor
 from ..data import Comparisons
-from ..errors import ArgumentError, ConvergenceWarning
+from ..errors import ArgumentError, ConvergenceWarning, EngineError
 from ..programs import RewardModel
-from ..rewards import LoRA
-from ..rewards.tangent import Tangent
+from ..rewards import LoRA, ProjectedHead
 from ._batched_lbfgs import minimise
 from ._curvature import CurvatureKind, curvature
 from ._problem import Problem, make_problem
-from ._settings import check_choice, check_optimiser, check_positive
+from ._settings import check_choice, check_positive, check_real, check_training
 from ._tangent import Coordinates
 from .posterior import Posterior
 from .training import Training
+
+#: Curvature of a prior below which it has no width of its own to be moved by.
+_FLAT = 0.01
 
 
 class Randomisation(enum.StrEnum):
@@ -43,8 +45,8 @@ class Ensemble:
 
     Members of heads are found together, by one L-BFGS whose evaluations are shared; linear heads in coordinates
     whitened by their common curvature. Members of a `LoRA` reward are adapters on one backbone, trained one after
-    another. Likelihood latents are part of every member; their priors are perturbed by a random linear term with the
-    prior's curvature, which for a normal prior is the same as an anchor.
+    another. Likelihood latents are part of every member; their priors are moved by a normal shift with the covariance
+    that the prior's curvature implies, which for a normal prior is the same as an anchor.
 
     Attributes:
         num_members: Number of members.
@@ -78,7 +80,10 @@ class Ensemble:
         if self.num_members < 2:
             raise ArgumentError(f"`num_members` is {self.num_members}; disagreement needs at least 2")
         check_choice("randomisation", self.randomisation, Randomisation)
-        check_optimiser(self.gradient_tolerance, self.max_iterations, self.memory_gib)
+        for name in ("gradient_tolerance", "memory_gib"):
+            check_real(name, getattr(self, name))
+        check_positive("max_iterations", self.max_iterations)
+        check_training(self.training)
 
     @property
     def anchored(self) -> bool:
@@ -97,13 +102,13 @@ class Ensemble:
             return self._fit_lora(program, data, seed=seed, progress=progress)
         problem = make_problem(
             program, data, seed=seed, progress=progress, memory_gib=self.memory_gib,
-            find_mode=program.head.is_linear,
+            find_mode=program.head.is_linear, copies=self.num_members,
             # Members without anchors have nothing outside the row space, where a posterior has its prior.
             coordinates=Coordinates.AUTO if self.anchored else Coordinates.PRIMAL,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         center, root = _conditioning(problem)
-        anchors, tilt = self._anchors(problem, generator)
+        anchors, shifts = self._anchors(problem, generator)
         weights = self._weights(problem, data, generator)
         size = problem.size
 
@@ -111,7 +116,9 @@ class Ensemble:
             x = center + (y if root is None else y @ root.T)
             z, latents = x[:, :size], x[:, size:]
             fit = problem.density.log_joints(problem.rewards(z), latents, weights)
-            return 0.5 * (z - anchors).square().sum(1) - (latents * tilt).sum(1) - fit
+            if shifts is not None:
+                fit = fit + problem.density.log_priors(latents - shifts) - problem.density.log_priors(latents)
+            return 0.5 * (z - anchors).square().sum(1) - fit
 
         start = torch.zeros(self.num_members, problem.dimension, dtype=torch.float64)
         if not program.head.is_linear:
@@ -133,9 +140,14 @@ class Ensemble:
             iterations=found.iterations,
             seconds=time.perf_counter() - begin,
         )
+        if not bool(torch.isfinite(found.x).all()):
+            raise EngineError(
+                "a member has no mode: its parameters or latents ran off to infinity; give the latents priors with "
+                "lighter tails"
+            )
         head = program.head
-        if isinstance(head, Tangent) and not self.anchored:
-            problem.program = dataclasses.replace(program, reward=dataclasses.replace(head, uncertain_rest=False))
+        if isinstance(head, ProjectedHead) and not self.anchored:
+            problem.program = dataclasses.replace(program, reward=head.without_rest())
             problem.expansion = dataclasses.replace(problem.expansion, program=problem.program)
         x = center + (found.x if root is None else found.x @ root.T)
         return problem.posterior_of_draws(report, x)
@@ -160,14 +172,14 @@ class Ensemble:
             "training": self.training.to_config()
         }
 
-    def _anchors(self, problem: Problem, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Each member's prior mean of z, shape `(M, R)`, and the slope added to the latents' log prior, `(M, Q)`."""
+    def _anchors(self, problem: Problem, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Each member's prior mean of z, shape `(M, R)`, and how far its latents' prior is moved, `(M, Q)`."""
         size, q = problem.size, problem.density.num_latents
         noise = torch.randn(self.num_members, size + q, generator=generator, dtype=torch.float64)
         if not self.anchored:
-            noise = torch.zeros_like(noise)
+            return torch.zeros_like(noise[:, :size]), None
         if not q:
-            return noise, noise[:, :0]
+            return noise, None
         center, _ = _conditioning(problem)
         with torch.no_grad():
             rewards = problem.rewards(center[None, :size])[0]
@@ -175,7 +187,8 @@ class Ensemble:
             problem.density, problem.density.gather(rewards), center[size:], CurvatureKind.AUTO, seed=0
         ).prior  # fmt: skip
         values, vectors = torch.linalg.eigh(prior)
-        root = vectors * values.clamp_min(0.0).sqrt()
+        # Directions in which the prior is flat or curves the other way there have no width to move it by.
+        root = vectors * torch.where(values > _FLAT, values.clamp_min(_FLAT).rsqrt(), 0.0)
         return noise[:, :size], noise[:, size:] @ root.T
 
     def _weights(self, problem: Problem, data: Comparisons, generator: torch.Generator) -> list[Tensor] | None:

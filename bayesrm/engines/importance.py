@@ -11,11 +11,17 @@ from .._typing import Tensor
 from ..data import Comparisons
 from ..errors import ArgumentError, EngineError
 from ..programs import RewardModel
-from ._settings import check_positive
-from .draws_posterior import DrawsPosterior
+from ..rewards import LoRA
+from ._settings import check_positive, check_real
+from ._tangent import Whitening
+from .draws_posterior import DrawsPosterior, rewards_of
+from .ensemble import Ensemble
 from .gaussian_posterior import GaussianPosterior
 from .laplace import Laplace
-from .psis import k_hat_threshold, pareto_smooth
+from .map import MAP
+from .nuts import NUTS
+from .psis import MIN_DRAWS, k_hat_threshold, pareto_smooth
+from .svi import SVI
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +33,12 @@ class ImportanceSampling:
     `max_k_hat` the fit is refused, because the corrected posterior would be made of a few draws. Otherwise draws are
     resampled in proportion to their weights (systematic resampling), so that every use of the posterior is corrected.
 
-    The target is the posterior of the model that the proposal describes: for heads that are not linear Laplace's
-    posterior is that of the linearised head, and `SVI`'s that of the head itself.
+    The mean weight is an unbiased estimate of the evidence, which takes the place of Laplace's in the report. Where
+    rows are few beside the parameters the two differ, and by more the vaguer the prior: Laplace's prefers priors that
+    are too tight (Kuss & Rasmussen 2005), so compare prior precisions by this one, or on held-out prompts.
+
+    The target is the posterior of the declared head, also where Laplace's proposal linearises it; of a LoRA reward that
+    of its tangent.
 
     Attributes:
         proposal: The engine whose posterior is corrected, `Laplace` or `SVI`.
@@ -57,19 +67,20 @@ class ImportanceSampling:
 
     def __post_init__(self) -> None:
         check_positive("num_samples", self.num_samples)
+        if self.num_samples < MIN_DRAWS:
+            raise ArgumentError(f"`num_samples` is {self.num_samples}; weights are judged from {MIN_DRAWS} draws on")
         if isinstance(self.proposal, type) or not callable(getattr(self.proposal, "fit", None)):
             raise ArgumentError(f"`proposal` is {self.proposal!r}; it is an engine such as Laplace()")
-        if self.degrees_of_freedom is not None and not 0.0 < self.degrees_of_freedom < math.inf:
-            raise ArgumentError(f"`degrees_of_freedom` is {self.degrees_of_freedom}; it is a positive number")
-        if self.max_k_hat is not None and not self.max_k_hat > 0.0:
-            raise ArgumentError(f"`max_k_hat` is {self.max_k_hat}; it is a positive number")
+        for name in ("degrees_of_freedom", "max_k_hat"):
+            if getattr(self, name) is not None:
+                check_real(name, getattr(self, name))
 
     def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> DrawsPosterior:
         """The corrected posterior, see `bayesrm.fit`."""
         begin = time.perf_counter()
-        proposal = self.proposal.fit(program, data, seed=seed, progress=progress)
+        proposal = self._proposal(program).fit(program, data, seed=seed, progress=progress)
         generator = torch.Generator().manual_seed(seed)
-        x, log_ratio = self._weighted(proposal, data, generator)
+        whitening, x, log_ratio = self._weighted(proposal, data, generator)
         smoothed = pareto_smooth(log_ratio)
         limit = k_hat_threshold(len(log_ratio)) if self.max_k_hat is None else self.max_k_hat
         if not smoothed.k_hat <= limit:
@@ -85,6 +96,8 @@ class ImportanceSampling:
         report = dataclasses.replace(
             proposal.report,
             engine={"name": "ImportanceSampling", "settings": settings},
+            # In the units of the log joint the weights average to the evidence; Laplace's own is biased.
+            log_evidence=float(torch.logsumexp(log_ratio, 0)) - math.log(len(log_ratio)),
             diagnostics={
                 **proposal.report.diagnostics,
                 "k_hat": smoothed.k_hat,
@@ -93,31 +106,58 @@ class ImportanceSampling:
             },
             seconds=time.perf_counter() - begin,
         )
-        size = proposal._whitening.size
+        size = whitening.size
         return DrawsPosterior(
-            proposal.program, proposal.schema, report, proposal._expansion, proposal._whitening,
+            proposal.program, proposal.schema, report, proposal._expansion, whitening,
             x[kept, :size].contiguous(), x[kept, size:].contiguous(),
         )  # fmt: skip
 
-    def _weighted(self, proposal: Any, data: Comparisons, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws of (z, latents), shape `(S, R + Q)`, with their log importance ratios, shape `(S,)`."""
+    def _proposal(self, program: RewardModel) -> Any:
+        """The engine to fit, refused before it starts where its posterior could not be corrected."""
+        proposal = self.proposal
+        if isinstance(proposal, NUTS | Ensemble | MAP | ImportanceSampling):
+            raise EngineError(
+                f"the posterior of {type(proposal).__name__} has no density to evaluate; use Laplace(...) or SVI(...)"
+            )
+        if isinstance(proposal, SVI):
+            if isinstance(program.reward, LoRA):
+                raise EngineError(
+                    "SVI on LoRA weights cannot be corrected; use Laplace(...), or its tangent's SVI(...)"
+                )
+            if not program.head.is_linear:
+                if self.degrees_of_freedom is not None:
+                    raise EngineError("`degrees_of_freedom` is for Laplace(...) and for heads that are linear")
+                return dataclasses.replace(proposal, num_samples=self.num_samples)
+        return proposal
+
+    def _weighted(
+        self, proposal: Any, data: Comparisons, generator: torch.Generator
+    ) -> tuple[Whitening, Tensor, Tensor]:
+        """Coordinates, draws of (z, latents) in them, shape `(S, R + Q)`, and log importance ratios, shape `(S,)`."""
         if isinstance(proposal, DrawsPosterior) and proposal.log_ratio is not None:
-            if self.degrees_of_freedom is not None:
-                raise EngineError("`degrees_of_freedom` is for normal proposals; this one keeps draws of its own")
-            return torch.cat([proposal.z, proposal.unconstrained_latents], dim=1), proposal.log_ratio
+            x = torch.cat([proposal.z, proposal.unconstrained_latents], dim=1)
+            return proposal._whitening, x, proposal.log_ratio
         if not isinstance(proposal, GaussianPosterior) or proposal.factor is None or not proposal._whitening.size:
             raise EngineError(
                 f"the posterior of {type(self.proposal).__name__} cannot be evaluated at its draws; use Laplace "
                 "(structures full, sketch, last_layer; diag for heads) or SVI"
             )
-        x, log = proposal.coordinate_draws(
-            self.num_samples, generator, degrees_of_freedom=self.degrees_of_freedom
-        )  # fmt: skip
-        size = proposal._whitening.size
+        whitening = proposal._whitening
+        x, log = proposal.coordinate_draws(self.num_samples, generator, degrees_of_freedom=self.degrees_of_freedom)
+        z, latents = x[:, : whitening.size], x[:, whitening.size :]
+        if not proposal.program.head.is_linear and whitening.basis is not None:
+            # The head itself sees directions that its linearisation does not: they are drawn from their prior.
+            noise = torch.randn(len(z), len(whitening.scale), generator=generator, dtype=torch.float64)
+            z = z @ whitening.basis.T + noise - (noise @ whitening.basis) @ whitening.basis.T
+            whitening = dataclasses.replace(whitening, basis=None)
         features, _ = proposal._encoded(data)
-        rewards = proposal.rewards_at(features, x[:, :size])
+        density = proposal._density_of(data)
         with torch.no_grad():
-            return x, proposal._density_of(data).log_joints(rewards, x[:, size:]) + log["log_prior"] - log["log_q"]
+            rewards = rewards_of(proposal._expansion, whitening, features, z)
+            log_joint = torch.cat(
+                [density.log_joints(r, u) for r, u in zip(rewards.split(512), latents.split(512), strict=True)]
+            )
+        return whitening, torch.cat([z, latents], dim=1), log_joint + log["log_prior"] - log["log_q"]
 
 
 def _systematic(weights: Tensor, generator: torch.Generator) -> Tensor:

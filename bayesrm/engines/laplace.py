@@ -60,6 +60,9 @@ class PrecisionGroups(enum.StrEnum):
 class Laplace:
     """Gaussian approximation at the mode of (parameters, likelihood latents), for linear heads and linearised ones.
 
+    Where parameters outnumber rows, its approximation of the marginal likelihood prefers priors that are too tight
+    (Kuss & Rasmussen 2005; measured in docs/results.md): `ImportanceSampling` reports one without that bias.
+
     The marginal likelihood tunes well when rows are new evidence. When an answer occurs in many rows and features tell
     answers apart, it pays for weights that memorise answers: give such feedback as one ranking a prompt, or compare
     precisions on held-out prompts.

@@ -20,7 +20,7 @@ from ..errors import ArgumentError, ConvergenceWarning, PersistenceError
 from ..programs import RewardModel
 from ..rewards import LoRANetwork
 from ._schema import FeedbackSchema
-from ._shared_prefix import MemberForward
+from ._shared_prefix import MemberForward, swapped_weights
 from .posterior import Posterior
 from .report import FitReport
 from .training import Training, TrainingReport
@@ -178,18 +178,16 @@ class NetworkPosterior(Posterior):
         """
         if num_samples is not None and num_samples < 1:
             raise ArgumentError(f"`num_samples` is {num_samples}; at least 1 draw is needed")
-        network, kept, paths = self.network_draws.network, self.network_draws.network.theta(), []
-        try:
+        network, paths = self.network_draws.network, []
+        with swapped_weights(network) as put:
             for number, index in enumerate(self._chosen(len(self) if num_samples is None else num_samples)):
-                network.set_theta(self.network_draws.draws[index].to(kept))
+                put(self.network_draws.draws[index])
                 path = Path(folder) / f"draw-{number:03d}"
                 try:
                     network.save_adapter(path)
                 except OSError as error:
                     raise PersistenceError(f"cannot write an adapter to {path}: {error}") from error
                 paths.append(path)
-        finally:
-            network.set_theta(kept)
         return paths
 
     def _chosen(self, num_samples: int) -> Tensor:
@@ -256,12 +254,14 @@ def network_report(
     seed: int,
     seconds: float,
     runs: Sequence[TrainingReport],
+    settled: bool = True,
     diagnostics: Mapping[str, Any] | None = None,
 ) -> FitReport:
     """The report of a fit on the weights themselves, by one or more training runs.
 
-    Its gradient norm is that of the loss of a micro-batch at the last step logged, largest over the runs: what is left
-    where a stochastic optimiser ends. Steps and seconds of `training` are sums over the runs, its final loss the worst.
+    Its gradient norm is NaN: no gradient of all the data is taken where a stochastic optimiser ends. It has converged
+    unless a callback stopped a run, or it is not `settled`. Steps and seconds of `training` are sums over the runs, its
+    final loss the worst.
     """
     last = [run.log[-1] for run in runs if run.log]
     summary = {
@@ -285,8 +285,8 @@ def network_report(
         num_prompts=data.num_prompts,
         num_parameters=network.num_parameters,
         num_coordinates=network.num_parameters,
-        converged=not stopped_early,
-        gradient_norm=max((float(entry.get("grad_norm", 0.0)) for entry in last), default=0.0),
+        converged=settled and not stopped_early,
+        gradient_norm=float("nan"),
         iterations=summary["steps"],
         prior_precision=program.prior.precision,
         training=summary

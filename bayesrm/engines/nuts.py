@@ -15,7 +15,7 @@ from ..programs import RewardModel
 from ..rewards import LoRA
 from ._chains import chain_summary
 from ._problem import Problem, make_problem
-from ._settings import check_choice, check_positive
+from ._settings import check_choice, check_positive, check_real
 from .draws_posterior import DrawsPosterior
 
 
@@ -78,9 +78,9 @@ class NUTS:
         >>> import bayesrm as brm, numpy as np
         >>> data = brm.Comparisons.from_arrays(np.eye(2), candidates=[[0, 1]] * 3, outcome=[0, 0, 1])
         >>> model = brm.RewardModel(brm.rewards.Linear(), brm.likelihoods.BradleyTerry())
-        >>> posterior = brm.fit(model, data, inference=NUTS(num_chains=2, num_warmup=100, num_samples=100))
+        >>> posterior = brm.fit(model, data, inference=NUTS(num_chains=2, num_warmup=300, num_samples=500))
         >>> len(posterior), posterior.report.diagnostics["divergences"]
-        (200, 0)
+        (1000, 0)
     """
 
     num_chains: int = 4
@@ -99,10 +99,10 @@ class NUTS:
         check_choice("mass_matrix", self.mass_matrix, MassMatrix)
         check_choice("backend", self.backend, SamplerBackend)
         check_choice("chain_method", self.chain_method, ChainMethod)
-        if not 0.0 < self.target_accept < 1.0:
+        check_real("target_accept", self.target_accept)
+        if not self.target_accept < 1.0:
             raise ArgumentError(f"`target_accept` is {self.target_accept}; it is a probability between 0 and 1")
-        if not self.memory_gib > 0.0:
-            raise ArgumentError(f"`memory_gib` is {self.memory_gib}; it is a positive number of GiB")
+        check_real("memory_gib", self.memory_gib)
 
     def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> DrawsPosterior:
         """The posterior as draws, see `bayesrm.fit`."""
@@ -114,7 +114,8 @@ class NUTS:
             )
         linear = program.head.is_linear
         problem = make_problem(
-            program, data, seed=seed, progress=progress, memory_gib=self.memory_gib, find_mode=linear
+            program, data, seed=seed, progress=progress, memory_gib=self.memory_gib, find_mode=linear,
+            square_matrices=3 if self.mass_matrix == "dense" else 0,
         )  # fmt: skip
         precision = problem.precision()
         covariance = None

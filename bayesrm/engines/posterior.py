@@ -204,8 +204,9 @@ class Posterior(abc.ABC):
 
         Args:
             data: Comparisons, those of the fit or others.
-            num_samples: Number of draws. A posterior that is made of draws gives those it has, at most as many, spread
-                evenly over its chains; by default all of them, and 1,000 of a normal posterior.
+            num_samples: Number of draws. A posterior that is made of draws gives those it has, at most as many
+                (but one of every chain), spread evenly over its chains; by default all of them, and 1,000 of a normal
+                posterior.
             seed: Seed of what is drawn anew; the same seed draws the same parameters whatever the data.
 
         Example:

@@ -72,7 +72,7 @@ def load(name: str) -> type[Engine]:
     """The engine class of a name: a dataclass whose fields are its settings.
 
     Args:
-        name: One of `available()`. That of a built-in engine is its class's in lower case: `"laplace"`, `"map"`.
+        name: One of `available()`. That of a built-in engine is its class's in snake case: `"importance_sampling"`.
 
     Raises:
         ArgumentError: No engine has the name; the message lists those there are.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,18 +13,20 @@ from tqdm import tqdm
 from .._typing import Tensor
 from ..data import Comparisons
 from ..data.groups import FeedbackGroup
-from ..errors import ArgumentError, ConvergenceWarning, EngineError
+from ..errors import ConvergenceWarning, EngineError
 from ..programs import RewardModel
 from ..rewards import LoRA
 from ._guides import Guide, make_guide
 from ._problem import Problem, make_problem
-from ._settings import check_choice, check_positive
+from ._settings import check_choice, check_positive, check_real, check_training
 from ._tangent import Coordinates
 from .posterior import Posterior
 from .training import Training
 
-#: The mean loss may still fall by this many nats from one tenth of the steps to the next, and count as settled.
-_SETTLED = 0.1
+#: The bound counts as settled when by its gradient it is at most this many nats below its top.
+_SETTLED = 0.5
+#: Parts of the draws by which the noise of that gradient is judged.
+_PARTS = 8
 #: Draws that the final bound is estimated from.
 _BOUND_DRAWS = 512
 #: Draws that posteriors made of draws keep by default.
@@ -56,7 +57,7 @@ class SVI:
     `report.diagnostics` shows.
 
     Attributes:
-        guide: A `GuideFamily`; LoRA rewards know `"mean_field"`.
+        guide: A `GuideFamily`; by default `"full_rank"` for heads and `"mean_field"`, the only one, for LoRA rewards.
         num_steps: Steps of the optimiser (of LoRA rewards: see `training`).
         learning_rate: Its first step size, in units of the prior standard deviation; of Laplace's posterior for
             `full_rank` of a linear head.
@@ -80,7 +81,7 @@ class SVI:
         -2.4
     """
 
-    guide: str = "full_rank"
+    guide: str | None = None
     num_steps: int = 1000
     learning_rate: float = 0.02
     num_particles: int = 8
@@ -91,35 +92,37 @@ class SVI:
     memory_gib: float = 8.0
 
     def __post_init__(self) -> None:
-        check_choice("guide", self.guide, GuideFamily)
+        if self.guide is not None:
+            check_choice("guide", self.guide, GuideFamily)
         for name in ("num_steps", "num_particles", "rank"):
             check_positive(name, getattr(self, name))
         for name in ("num_samples", "batch_size"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
-        if not 0.0 < self.learning_rate < math.inf:
-            raise ArgumentError(f"`learning_rate` is {self.learning_rate}; it is a positive number")
-        if not self.memory_gib > 0.0:
-            raise ArgumentError(f"`memory_gib` is {self.memory_gib}; it is a positive number of GiB")
+        check_real("learning_rate", self.learning_rate)
+        check_real("memory_gib", self.memory_gib)
+        check_training(self.training)
 
     def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> Posterior:
         """The closest normal posterior, see `bayesrm.fit`."""
         begin = time.perf_counter()
         if isinstance(program.reward, LoRA):
             return self._fit_lora(program, data, seed=seed, progress=progress)
+        family = self.guide or "full_rank"
         problem = make_problem(
             program, data, seed=seed, progress=progress, memory_gib=self.memory_gib,
+            copies=self.num_particles, square_matrices=6 if family == "full_rank" else 0,
             # A diagonal means something in the parameters, nothing in a basis of their row space.
-            coordinates=Coordinates.PRIMAL if self.guide == "mean_field" else Coordinates.AUTO,
+            coordinates=Coordinates.PRIMAL if family == "mean_field" else Coordinates.AUTO,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
-        guide = make_guide(self.guide, problem, self.rank, generator)
+        guide = make_guide(family, problem, self.rank, generator)
         settled = self._optimise(problem, guide, generator, progress)
         bound, error = _bound(problem, guide, generator)
         report = dataclasses.replace(
             problem.report(self, self._settings(), data, seed),
             converged=settled,
-            gradient_norm=0.0,
+            gradient_norm=float("nan"),
             iterations=self.num_steps,
             diagnostics={"elbo": bound, "elbo_std_error": error},
         )
@@ -136,13 +139,15 @@ class SVI:
     def _fit_lora(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> Posterior:
         from ._lora_svi import fit_mean_field
 
-        if self.guide != "mean_field":
+        if self.guide not in (None, "mean_field"):
             raise EngineError(
                 f"`guide='{self.guide}'` is for heads; the weights of a LoRA reward get SVI(guide='mean_field'), and "
                 "its tangent, the program of a Laplace posterior, any guide"
             )
-        if self.batch_size is not None:
-            raise EngineError("`batch_size` is for heads; that of a LoRA reward is in `training`")
+        default = SVI()
+        for name in ("num_steps", "learning_rate", "num_particles", "batch_size", "rank"):
+            if getattr(self, name) != getattr(default, name):
+                raise EngineError(f"`{name}` is for heads; a LoRA reward is trained as `training` says")
         begin = time.perf_counter()
         posterior = fit_mean_field(
             program, data, self.training, num_samples=self.num_samples or _LORA_DRAWS, seed=seed, progress=progress
@@ -159,44 +164,60 @@ class SVI:
             "training": self.training.to_config()
         }
 
+    def _loss(self, problem: Problem, guide: Guide, num_draws: int, generator: torch.Generator) -> Tensor:
+        """Minus the bound, not finite where the step before has led out of the family."""
+        try:
+            x, log_q = guide.draw(num_draws, generator, stop_density=True)
+        except (torch.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined]
+            return torch.tensor(float("nan"), dtype=torch.float64)
+        return (log_q - problem.log_joints(x)).mean()
+
     def _optimise(self, problem: Problem, guide: Guide, generator: torch.Generator, progress: bool) -> bool:
         """Maximises the bound; returns whether it had settled at the end."""
         optimiser = torch.optim.Adam(guide.parameters, lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.num_steps)
         batches = _batches(problem.density.groups, self.batch_size, generator)
         whole = problem.density
-        losses = []
         try:
-            for _ in tqdm(range(self.num_steps), unit="step", disable=not progress):
+            for step in tqdm(range(self.num_steps), unit="step", disable=not progress):
                 problem.density = whole if self.batch_size is None else whole.of_groups(next(batches))
                 optimiser.zero_grad()
-                x, log_q = guide.draw(self.num_particles, generator, stop_density=True)
-                loss = (log_q - problem.log_joints(x)).mean()
+                loss = self._loss(problem, guide, self.num_particles, generator)
+                if not bool(torch.isfinite(loss)):
+                    raise EngineError(
+                        f"the variational bound is not finite after {step} steps; lower `learning_rate`, now "
+                        f"{self.learning_rate}"
+                    )
                 loss.backward()
                 optimiser.step()
                 schedule.step()
-                losses.append(float(loss.detach()))
         finally:
             problem.density = whole
-        return _settled(losses, self.num_steps)
+        return self._settled(problem, guide, generator)
 
+    def _settled(self, problem: Problem, guide: Guide, generator: torch.Generator) -> bool:
+        """Whether the bound is near its top, judged by its gradient: steps that fall to zero prove nothing.
 
-def _settled(losses: Sequence[float], num_steps: int) -> bool:
-    tenth = max(1, num_steps // 10)
-    last, before = (torch.tensor(part, dtype=torch.float64) for part in (losses[-tenth:], losses[-2 * tenth : -tenth]))
-    if len(before) < 2:
-        return True
-    gain = float(before.mean() - last.mean())
-    noise = float((before.var() / len(before) + last.var() / len(last)).sqrt())
-    settled = gain <= _SETTLED + 3.0 * noise
-    if not settled:
-        warnings.warn(
-            f"SVI stopped after {num_steps} steps while the bound still rose by {gain:.2g} nats in a tenth of them; "
-            "raise `num_steps` or `learning_rate`",
-            ConvergenceWarning,
-            stacklevel=5,
-        )
-    return settled
+        In coordinates whitened by the prior a log-concave posterior curves by at least one, so that the bound is at
+        most half the squared gradient below its top; the noise of the estimated gradient is taken off.
+        """
+        draws = max(8, _BOUND_DRAWS // _PARTS)
+        gradients = []
+        for _ in range(_PARTS):
+            loss = self._loss(problem, guide, draws, generator)
+            found = torch.autograd.grad(loss, list(guide.parameters))
+            gradients.append(torch.cat([g.reshape(-1) for g in found]))
+        every = torch.stack(gradients)
+        below = 0.5 * float((every.mean(0).square() - every.var(0) / _PARTS).sum())
+        settled = below <= _SETTLED
+        if not settled:
+            warnings.warn(
+                f"SVI stopped after {self.num_steps} steps, while by its gradient the bound may still rise by about "
+                f"{below:.2g} nats; raise `num_steps` or `learning_rate`",
+                ConvergenceWarning,
+                stacklevel=5,
+            )
+        return settled
 
 
 def _bound(problem: Problem, guide: Guide, generator: torch.Generator) -> tuple[float, float]:

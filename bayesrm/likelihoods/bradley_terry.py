@@ -47,5 +47,5 @@ class BradleyTerry:
     def __call__(self, rewards: Array, comparison: Comparison) -> object:
         """Distribution over {0: first chosen, 1: second chosen}."""
         require_pairs("BradleyTerry", comparison)
-        d = advantage(rewards, comparison) / self.temperature
-        return dist.Categorical(logits=ops.stack([ops.log_sigmoid(d), ops.log_sigmoid(-d)], axis=-1))
+        half = 0.5 * advantage(rewards, comparison) / self.temperature
+        return dist.Categorical(logits=ops.stack([half, -half], axis=-1))

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+import torch
+
 from .._typing import Array
 from ..backend import dist, ops, plate, sample
 from ..data.groups import Comparison
@@ -64,7 +66,9 @@ class RaterReliability:
 
     def __call__(self, rewards: Array, comparison: Comparison) -> object:
         """Distribution over the outcomes of the base likelihood."""
-        if comparison.annotator is None or bool((comparison.annotator < 0).any()):
+        codes = comparison.annotator
+        # While a program is compiled under JAX, codes have no values; the same rows have been through torch before.
+        if codes is None or (isinstance(codes, torch.Tensor) and bool((codes < 0).any())):
             raise LikelihoodError(
                 "RaterReliability needs the annotator of every row; give the data an `annotator` column"
             )

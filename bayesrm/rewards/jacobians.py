@@ -45,6 +45,8 @@ def per_sample_jacobian(
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n parameters"]]:
     """Rewards of a batch and their derivatives in the trainable parameters.
 
+    Threads may share the network: it is held by `network.lock` meanwhile.
+
     Args:
         network: The network; its present weights count.
         batch: What `network.collate` returns, n sequences.
@@ -71,6 +73,7 @@ def per_sample_jacobian(
         starts[site] = start
         start += parameter.numel()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(network.lock)
         stack.enter_context(_frozen(network))
         for module, names in _owners(network, chosen):
             write = _writer(

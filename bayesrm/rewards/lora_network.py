@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,10 +37,13 @@ class LoRANetwork(torch.nn.Module):
         model: The peft model: frozen weights, adapters and head. Weights move with training; everything here follows.
         initial: Prior mean of each parameter site.
         head_sites: Sites of the head, and of what else is trained whole.
+        lock: Held by whatever changes the weights or hooks of the modules for a while, so that threads can share a
+            network; re-entrant. Methods that read or write weights take it themselves.
     """
 
     def __init__(self, settings: LoRA, *, seed: int = 0) -> None:
         super().__init__()
+        self.lock = threading.RLock()
         self.settings = settings
         self._encoder = encoder_of(settings)
         base, trained_whole = load_classifier(settings, self._encoder, seed)
@@ -65,6 +69,14 @@ class LoRANetwork(torch.nn.Module):
                 "with `modules_to_save`, or train anew without `adapter`"
             )
         self.initial = {name: self._center(name, p, brought) for name, p in self.sites.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Locks can be neither copied nor pickled, and a copy needs its own.
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.lock = threading.RLock()
 
     def _settle_padding(self, base: Any) -> None:
         tokenizer, config = self._encoder.tokenizer, base.config
@@ -136,7 +148,8 @@ class LoRANetwork(torch.nn.Module):
 
     def theta(self) -> Tensor:
         """All trainable parameters in one vector, shape `(P,)`, a copy."""
-        return torch.cat([p.detach().reshape(-1) for p in self.sites.values()])
+        with self.lock:
+            return torch.cat([p.detach().reshape(-1) for p in self.sites.values()])
 
     def set_theta(self, vector: Tensor) -> None:
         """Writes a vector of shape `(P,)` into the trainable parameters."""
@@ -144,7 +157,7 @@ class LoRANetwork(torch.nn.Module):
             raise ArgumentError(
                 f"`vector` has shape {tuple(vector.shape)}; the network has {self.num_parameters} parameters"
             )
-        with torch.no_grad():
+        with self.lock, torch.no_grad():
             for part, p in zip(
                 vector.split([p.numel() for p in self.sites.values()]), self.sites.values(), strict=True
             ):
@@ -178,7 +191,9 @@ class LoRANetwork(torch.nn.Module):
         sequences = []
         for begin in range(0, len(pairs), _CHUNK):
             part = pairs[begin : begin + _CHUNK]
-            chunk = self._planner.plan(range(start + begin, start + begin + len(part)), part)
+            # Tokenizers change settings of their own while they work.
+            with self.lock:
+                chunk = self._planner.plan(range(start + begin, start + begin + len(part)), part)
             sequences += [chunk.sequences[i] for i in chunk.uses["joint"]]
         if self._two_parts:
             for item, sequence in enumerate(sequences, start):
@@ -218,6 +233,10 @@ class LoRANetwork(torch.nn.Module):
 
         While training, a batch of ragged sequences runs in parts of like length, so that padding costs little.
         """
+        with self.lock:
+            return self._in_parts(batch)
+
+    def _in_parts(self, batch: Mapping[str, Tensor]) -> Tensor:
         mask = batch.get("attention_mask")
         if not self.training or mask is None:
             return self._rewards(batch)
@@ -245,12 +264,14 @@ class LoRANetwork(torch.nn.Module):
         values = {
             f"model.{name}": parameters[_site(name)] for name, p in self.model.named_parameters() if p.requires_grad
         }
-        result: Tensor = torch.func.functional_call(self, values, kwargs=dict(batch))
+        with self.lock:
+            result: Tensor = torch.func.functional_call(self, values, kwargs=dict(batch))
         return result
 
     def save_adapter(self, folder: str | Path) -> None:
         """Writes adapters and head in peft's format, to be loaded with `peft.PeftModel.from_pretrained`."""
-        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        with self.lock:
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def _parts_of_like_length(lengths: Sequence[int], least_tokens: int) -> list[list[int]]:

@@ -167,7 +167,7 @@ def test_refuses_nonsense(belief, truth, settings, match):
 def test_clusters_of_prompts_are_redrawn_together():
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(20, 2, generator=generator, dtype=torch.float64)
-    belief = RewardBelief(truth + 0.0, torch.eye(2, dtype=torch.float64).expand(20, 2, 2))
+    belief = brm.RewardBelief(truth + 0.0, torch.eye(2, dtype=torch.float64).expand(20, 2, 2))
     away = truth.clone()
     away[10:, 0] += 5.0
     alone, together = (coverage(belief, away, clusters=c) for c in (None, np.arange(20) // 10))

@@ -134,6 +134,28 @@ def test_the_monte_carlo_error_is_right():
     assert (bias.abs() < 4 * spread / np.sqrt(30)).all()
 
 
+def test_resampled_draws_do_not_count_as_independent():
+    data = make_data()
+    # Tails so heavy that a third of the draws are effective.
+    engine = brm.ImportanceSampling(ENGINE, num_samples=1000, degrees_of_freedom=0.3, max_k_hat=1.0)
+    fits = [brm.fit(MODEL, data, inference=engine, seed=seed) for seed in range(15)]
+    share = np.mean([p.report.diagnostics["ess"] / 1000 for p in fits])
+    assert share < 0.4
+
+    def misstated(posteriors):
+        results = [loo(p, data) for p in posteriors]
+        spread = torch.stack([r.pointwise for r in results]).std(0)
+        stated = torch.stack([r.mcse for r in results]).mean(0)
+        return float((spread / stated).square().mean().sqrt())
+
+    assert 0.7 < misstated(fits) < 1.35
+    # Without their history the same draws claim too small an error.
+    for p in fits:
+        known = {k: v for k, v in p.report.diagnostics.items() if k != "distinct_draws"}
+        p.report = dataclasses.replace(p.report, diagnostics=known)
+    assert misstated(fits) > 1.35
+
+
 def test_exact_draws_equal_arviz():
     data = make_data()
     posterior = exact_posterior(data)

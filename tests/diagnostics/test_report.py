@@ -18,7 +18,7 @@ from bayesrm.diagnostics._report._engine import engine
 from bayesrm.diagnostics._report._evidence import gather
 from bayesrm.diagnostics._report._failures import confidently_wrong, length, outlying
 from bayesrm.diagnostics._report._html import element, text
-from bayesrm.diagnostics._report._latents import intervals
+from bayesrm.diagnostics._report._latents import intervals, latents
 from bayesrm.diagnostics._report._model import declaration
 from bayesrm.diagnostics._report._predictive import predictive
 from bayesrm.diagnostics._report._program import declared
@@ -337,6 +337,120 @@ def test_engine_checks(davidson, change, status, words):
     section = engine(copy, [])
     assert section.status == status
     assert words in section.verdict
+
+
+def with_report(posterior, num_chains=1, **change):
+    copy = object.__new__(type(posterior))
+    copy.__dict__.update(posterior.__dict__ | {"_num_chains": num_chains})
+    copy.report = dataclasses.replace(posterior.report, **change)
+    return copy
+
+
+def test_one_chain_shows_no_agreement(davidson):
+    found = {"r_hat": float("nan"), "ess": 900.0, "divergences": 0}
+    section = engine(with_report(davidson[0], diagnostics=found), [])
+    assert section.status == Status.CAUTION
+    assert "1 chain cannot show whether chains agree" in section.verdict
+    assert "nan" not in section.verdict + section.body
+    short = engine(with_report(davidson[0], num_chains=4, diagnostics=found | {"ess": float("nan")}), [])
+    assert short.status == Status.CAUTION
+    assert "nan" not in short.verdict + short.body
+
+
+def test_enough_draws_are_those_of_the_fit(davidson):
+    def status(num_chains, ess, r_hat=1.0):
+        found = {"r_hat": r_hat, "ess": ess, "divergences": 0}
+        return engine(with_report(davidson[0], num_chains, diagnostics=found), []).status
+
+    assert status(2, 250.0) == Status.GOOD
+    assert status(4, 250.0) == Status.CAUTION
+    # The largest R-hat of many quantities passes 1.01 by chance, where there are draws enough.
+    assert status(4, 500.0, r_hat=1.03) == Status.GOOD
+    assert status(4, 250.0, r_hat=1.03) == Status.CAUTION
+    assert status(4, 500.0, r_hat=1.06) == Status.PROBLEM
+
+
+def test_k_hat_is_judged_by_the_number_of_draws(davidson):
+    few = with_report(davidson[0], diagnostics={"k_hat": 0.6, "ess": 50.0})
+    assert engine(few, []).status == Status.GOOD
+    few._default_draws = 100
+    assert engine(few, []).status == Status.CAUTION
+
+
+def test_the_bound_of_svi_is_shown_instead_of_a_gradient():
+    model, train, _ = make(20)
+    posterior = brm.fit(model, train, inference=brm.SVI())
+    section = engine(posterior, [])
+    assert section.status == Status.GOOD
+    assert f"{posterior.report.diagnostics['elbo']:.2f} nats after 2,000 steps" in section.body
+    assert "gradient norm" not in section.body.split("<details>")[0]
+    rising = engine(with_report(posterior, converged=False), [])
+    assert rising.status == Status.CAUTION
+    assert "still rose" in rising.verdict
+
+
+def test_trained_members_have_no_gradient_to_show(davidson):
+    settings = {"name": "Ensemble", "settings": {}}
+    trained = with_report(davidson[0], engine=settings, training={"steps": 9, "planned_steps": 9}, gradient_norm=3.0)
+    section = engine(trained, [])
+    assert section.status == Status.GOOD
+    assert "passed its one check" in section.verdict
+
+
+# Short chains are the point.
+@pytest.mark.filterwarnings("ignore::bayesrm.errors.ConvergenceWarning")
+@pytest.mark.parametrize("num_samples", [2, 6, 20])
+def test_short_chains_are_reported(num_samples, tmp_path):
+    model, train, test = make(20)
+    engines = brm.NUTS(num_chains=1, num_warmup=20, num_samples=num_samples)
+    posterior = brm.fit(model, train, inference=engines)
+    found = {s.name: s for s in examine(posterior, test, train=train)}["engine"]
+    assert found.status in (Status.CAUTION, Status.PROBLEM)
+    assert "1 chain cannot show" in found.verdict
+
+
+@pytest.mark.parametrize("prompts", [3, 20])
+def test_a_gaussian_process_reads_raw_features_once(prompts, tmp_path):
+    # With 3 prompts and 9 features the process has as many coordinates as there are features.
+    _, train, test = make(2 * prompts, num_features=3 * prompts)
+    reward = brm.rewards.GaussianProcess(standardize=False)
+    posterior = brm.fit(brm.RewardModel(reward, brm.likelihoods.BradleyTerry()), train, inference=brm.Laplace())
+    evidence = gather(posterior, test, seed=0)
+    belief = posterior.predict_items(test)
+    order = np.argsort(np.asarray(test.prompt_of_item), kind="stable")
+    np.testing.assert_array_equal(evidence.mean[order], belief.mean[belief.valid])
+    np.testing.assert_array_equal(evidence.prediction.log_prob, posterior.predict_feedback(test, seed=0).log_prob)
+    page = Page(report(posterior, test, tmp_path / "r.html", train=train, ood=test).read_text(encoding="utf-8"))
+    assert "Rewards come from GaussianProcess(rbf" in page.text
+
+
+def test_rankings_are_judged_by_the_first_place():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 2))
+    design = brm.Comparisons.from_arrays(
+        x,
+        candidates=np.arange(400).reshape(100, 4),
+        outcome=np.tile(np.arange(4), (100, 1)),
+        kind="ranking",
+        prompt_index=np.repeat(np.arange(100), 4),
+    )
+    model = brm.RewardModel(brm.rewards.Linear(), brm.likelihoods.PlackettLuce())
+    data = model.simulate(design, seed=0, parameters={"weight": torch.tensor([1.0, -1.0])}).data
+    train, test = data.split_by_prompt(0.5, seed=0)
+    posterior = brm.fit(model, train, inference=brm.Laplace())
+    evidence = gather(posterior, test, seed=0)
+    [group] = evidence.prediction.groups
+    # By hand: the probability of each candidate in first place, summed over the orders.
+    first = torch.stack([group.probs[:, group.outcomes[:, 0] == j].sum(1) for j in range(4)], dim=1)
+    right = (first.argmax(1) == group.outcomes[group.observed][:, 0]).double().mean()
+    verdict = calibration(evidence, seed=0).verdict
+    assert f"{float(first.amax(1).mean()):.0%} sure of the first place and right in {float(right):.0%}" in verdict
+
+
+def test_a_likelihood_without_latents_says_so():
+    model, train, _ = make(12)
+    section = latents(brm.fit(model, train, inference=brm.Laplace()), seed=0)
+    assert section.verdict == f"From {len(train)} comparisons only the reward was learnt: BradleyTerry has no latents."
 
 
 def test_sure_and_wrong_is_counted_and_judged():

@@ -146,7 +146,7 @@ def test_register(registry):
         register("mine")(BradleyTerry)
     del base._REGISTRY["mine"]
     assert base.to_config(mine)["name"] is None
-    with pytest.raises(LikelihoodError, match=r"was saved unregistered; pass it as `likelihood=...`"):
+    with pytest.raises(LikelihoodError, match=r"was saved unregistered; pass it as `Posterior\.from_pretrained"):
         base.from_config(base.to_config(mine))
     with pytest.raises(LikelihoodError, match=r"no likelihood is registered as 'mine'; import the module"):
         base.from_config({"name": "mine", "settings": {}, "source": ""})

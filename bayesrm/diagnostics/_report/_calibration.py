@@ -7,7 +7,7 @@ import torch
 
 from ..bootstrap import Estimate, bootstrap
 from ..calibration import CalibrationCheck, check_calibration
-from ..events import Events, predicted_events, top_label
+from ..events import Events, predicted_events, top_choice
 from ..plots import plot_reliability
 from ..scores import score_by_kind
 from ._evidence import Evidence, Floats, Integers
@@ -32,13 +32,17 @@ def calibration(evidence: Evidence, *, seed: int) -> Section:
     if not evidence.scored.any():
         verdict = f"The answers have too many possible outcomes to list, so only the loss is known: {gained}"
         return Section("calibration", title, skill, verdict, lesson, _scores(evidence, seed))
-    confidence, occurred, rows = top_label(evidence.prediction)
+    confidence, occurred, rows = top_choice(evidence.prediction)
     likeliest = Events(confidence, occurred, rows, evidence.weight[rows]).counted()
     check = check_calibration(likeliest, evidence.prompt, seed=seed)
     gap, right = _gap(likeliest, evidence.prompt, seed)
     sure = float(np.average(likeliest.probability, weights=likeliest.weight))
+    kinds = {evidence.label[i].split(".")[0] for i in likeliest.rows}
+    what = "its answer"
+    if "ranking" in kinds:
+        what = "the first place" if len(kinds) == 1 else "its answer (of rankings, the first place)"
     verdict = (
-        f"On average it was {sure:.0%} sure of its answer and right in {right.value:.0%} [{right.low:.0%}, "
+        f"On average it was {sure:.0%} sure of {what} and right in {right.value:.0%} [{right.low:.0%}, "
         f"{right.high:.0%}] of {several(len(likeliest.rows), 'comparison')}"
     )
     advice = ""

@@ -1,19 +1,15 @@
 """The engine and its checks: did it find what it looked for, and is its approximation good enough?"""
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
 
 from ...engines import FitReport, Posterior
+from ...engines._chains import ESS_PER_CHAIN, R_HAT_OF_MANY, r_hat_limit
+from ...engines.psis import MIN_DRAWS, k_hat_threshold
 from ._html import Html, element, join, table
 from ._section import Section, Status, badge, several, worst
 
-#: Weights whose tail is heavier than this cannot be trusted (Vehtari et al. 2024, arXiv 1507.02646).
-_K_HAT = 0.7
-_R_HAT = 1.01
-#: Chains that disagree more than this have not found the same distribution at all.
-GRAVE_R_HAT = 1.05
-_ESS = 400.0
 #: With more coordinates than this k-hat is seldom small, however good single predictions are.
 _MANY = 50
 
@@ -49,7 +45,7 @@ def engine(posterior: Posterior, extra: list[Check]) -> Section:
     report = posterior.report
     name = report.engine["name"]
     checks = [*_point(report), *_optimum(report), *_training(report), *_structure(report), *_refinement(report),
-              *_weights(report), *_chainsreport.diagnostics, *extra]  # fmt: skip
+              *_weights(posterior), *_chains(posterior), *extra]  # fmt: skip
     failed = [c for c in checks if c.status in (Status.CAUTION, Status.PROBLEM)]
     status = worst([c.status for c in checks])
     if failed:
@@ -108,8 +104,12 @@ def _point(report: FitReport) -> list[Check]:
 
 
 def _optimum(report: FitReport) -> list[Check]:
-    if report.diagnostics and "r_hat" in report.diagnostics:
+    trained = report.training is not None and report.refinement is None and report.engine["name"] != "MAP"
+    if trained or "r_hat" in report.diagnostics:
+        # Minibatches end at no gradient that means something, and chains at none at all.
         return []
+    if "elbo" in report.diagnostics:
+        return [_bound(report)]
     tolerance = report.engine.get("settings", {}).get("gradient_tolerance")
     return [
         judged(
@@ -121,6 +121,18 @@ def _optimum(report: FitReport) -> list[Check]:
             "Raise `max_iterations`; if that does not help, look for a latent without a proper prior.",
         )
     ]
+
+
+def _bound(report: FitReport) -> Check:
+    steps = several(report.iterations, "step")
+    return judged(
+        "bound",
+        f"{report.diagnostics['elbo']:.2f} nats after {steps}",
+        "no longer rising",
+        None if report.converged else Status.CAUTION,
+        f"the bound still rose when the optimiser stopped after {steps}, at {report.diagnostics['elbo']:.2f} nats.",
+        "Raise `num_steps` or `learning_rate`.",
+    )
 
 
 def _training(report: FitReport) -> list[Check]:
@@ -175,43 +187,58 @@ def _refinement(report: FitReport) -> list[Check]:
     ]
 
 
-def _weights(report: FitReport) -> list[Check]:
-    found = report.diagnostics
+def _weights(posterior: Posterior) -> list[Check]:
+    found = posterior.report.diagnostics
     if found.get("k_hat") is None:
         return []
     ess = None if found.get("ess") is None else float(found["ess"])
-    return [k_hat_check(float(found["k_hat"]), ess, _K_HAT, report.num_coordinates)]
+    threshold = k_hat_threshold(max(posterior._default_draws, MIN_DRAWS))
+    return [k_hat_check(float(found["k_hat"]), ess, threshold, posterior.report.num_coordinates)]
 
 
-def _chains(found: Mapping[str, Any]) -> list[Check]:
+def _chains(posterior: Posterior) -> list[Check]:
+    found, num_chains = posterior.report.diagnostics, posterior._num_chains
     checks = []
-    if found.get("r_hat") is not None:
-        r_hat = float(found["r_hat"])
-        failed = Status.PROBLEM if r_hat > GRAVE_R_HAT else Status.CAUTION
-        # The fit knows how many quantities the largest is of.
-        agree = r_hat <= _R_HAT or (r_hat <= GRAVE_R_HAT and "problems" in found and not found["problems"])
-        checks.append(
-            judged(
-                "chains agree",
-                f"R-hat {r_hat:.3f}",
-                f"at most {_R_HAT}, or {GRAVE_R_HAT} with enough draws",
-                None if agree else failed,
-                f"the largest R-hat is {r_hat:.3f}: the chains have not found the same distribution.",
-                "Run longer chains with a longer warm-up.",
-            )
-        )
     if found.get("r_hat") is not None and found.get("ess") is not None:
-        ess = float(found["ess"])
-        checks.append(
-            judged(
-                "effective draws",
-                f"{ess:.0f}",
-                f"at least {_ESS:.0f}",
-                None if ess >= _ESS else Status.CAUTION,
-                f"the smallest effective sample size is {ess:.0f}, so that tails are noisy.",
-                "Draw more samples.",
+        r_hat, ess, needed = float(found["r_hat"]), float(found["ess"]), ESS_PER_CHAIN * num_chains
+        if math.isnan(r_hat):
+            single = num_chains == 1
+            checks.append(
+                Check(
+                    "chains agree",
+                    "1 chain" if single else "chains too short",
+                    "at least 2 chains" if single else "R-hat",
+                    Status.CAUTION,
+                    "1 chain cannot show whether chains agree."
+                    if single
+                    else f"{num_chains} chains of so few draws cannot show whether they agree.",
+                    "Run at least 2 chains, better 4." if single else "Draw more samples.",
+                )
             )
-        )
+        else:
+            limit = r_hat_limit(ess, num_chains)
+            grave = Status.PROBLEM if r_hat > R_HAT_OF_MANY else Status.CAUTION
+            checks.append(
+                judged(
+                    "chains agree",
+                    f"R-hat {r_hat:.3f}",
+                    f"at most {limit}",
+                    None if r_hat <= limit else grave,
+                    f"the largest R-hat is {r_hat:.3f}: the chains have not found the same distribution.",
+                    "Run longer chains with a longer warm-up.",
+                )
+            )
+        if not math.isnan(ess):
+            checks.append(
+                judged(
+                    "effective draws",
+                    f"{ess:.0f}",
+                    f"at least {needed}",
+                    None if ess >= needed else Status.CAUTION,
+                    f"the smallest effective sample size is {ess:.0f}, so that tails are noisy.",
+                    "Draw more samples.",
+                )
+            )
     if found.get("divergences") is not None:
         count = int(found["divergences"])
         checks.append(
@@ -245,8 +272,6 @@ def _facts(report: FitReport) -> Html:
         rows.append(("log evidence", f"{report.log_evidence:.2f} nats"))
     known = ("k_hat", "ess", "r_hat", "divergences", "problems")
     rows += [
-        (k, f"{v:.4g}" if isinstance(v, float) else str(v))
-        for k, v in report.diagnostics.items()
-        if k not in known
+        (k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in report.diagnostics.items() if k not in known
     ]
     return table("The fit", ["setting", "value"], rows)

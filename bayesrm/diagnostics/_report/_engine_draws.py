@@ -4,11 +4,12 @@ import numpy as np
 
 from ...data import Comparisons
 from ...engines import Posterior
+from ...engines._chains import R_HAT_OF_MANY
 from ...engines._digest import feedback_digest
 from ...engines.psis import pareto_smooth
 from ...errors import EngineError
-from ..convergence import convergence
-from ._engine import GRAVE_R_HAT, Check, judged, k_hat_check
+from ..convergence import MIN_DRAWS, convergence
+from ._engine import Check, judged, k_hat_check
 from ._evidence import Evidence
 from ._section import Status, several
 
@@ -22,7 +23,7 @@ def draw_checks(posterior: Posterior, evidence: Evidence, train: Comparisons | N
 
 
 def _chains(posterior: Posterior, evidence: Evidence) -> list[Check]:
-    if not is_markov_chain(posterior):
+    if not is_markov_chain(posterior) or posterior._default_draws < MIN_DRAWS * posterior._num_chains:
         return []
     found = convergence(posterior, evidence.data)
     value = f"{len(found.names)} quantities of {several(found.num_chains, 'chain')}"
@@ -32,7 +33,7 @@ def _chains(posterior: Posterior, evidence: Evidence) -> list[Check]:
     if len(found.names) and found.num_chains > 1:
         r_hat = float(np.nanmax(found.r_hat.numpy()))
         value += f", largest R-hat {r_hat:.3f}"
-    grave = r_hat > GRAVE_R_HAT or bool(found.divergences)
+    grave = r_hat > R_HAT_OF_MANY or bool(found.divergences)
     return [
         judged(
             "rewards of these data",

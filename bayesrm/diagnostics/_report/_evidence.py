@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from ...data import Comparisons
 from ...data.groups import FeedbackGroup
-from ...engines import FeedbackPrediction, Posterior
-from ...rewards.tangent import Tangent
+from ...engines import FeedbackPrediction, NetworkDraws, Posterior
+from ...rewards import ProjectedHead
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -114,8 +114,8 @@ def gather(posterior: Posterior, data: Comparisons, *, seed: int, progress: bool
         DataError: The data have texts that nothing turns into features, or features that are not finite.
         LikelihoodError: The feedback is not of a kind the posterior describes, or an annotator is unknown to it.
     """
-    if not isinstance(posterior.program.head, Tangent):
-        # Encoded once for rewards and predictions.
+    if not isinstance(posterior.program.head, ProjectedHead | NetworkDraws):
+        # Encoded once for rewards and predictions; those heads make features of their own from what the data have.
         data = data.with_features(posterior.program.encode(data, progress=progress).numpy())
     prediction = posterior.predict_feedback(data, seed=seed)
     confidence = np.full(len(data), np.nan)

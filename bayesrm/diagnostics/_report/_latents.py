@@ -12,6 +12,7 @@ from ...engines import Posterior
 from ..plots import BLUE
 from ._evidence import Floats
 from ._html import Html, element, join, paragraph, table
+from ._model import likelihood_name
 from ._program import declared
 from ._section import Section, Status, several
 
@@ -58,7 +59,10 @@ def latents(posterior: Posterior, *, seed: int) -> Section:
     """The section on the latents."""
     found = intervals(posterior, seed=seed)
     if not found:
-        verdict = "The likelihood has 0 latents: nothing but the reward was learnt."
+        verdict = (
+            f"From {several(posterior.report.num_rows, 'comparison')} only the reward was learnt: "
+            f"{likelihood_name(posterior.program.likelihood)} has no latents."
+        )
         return Section("latents", "Latents of the likelihood", Status.NOTE, verdict, "", Html())
     held = [i for i in found if i.low == i.high]
     vague = [i for i in found if i.low < i.high and i.informed < 0.1]

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ...engines import Posterior
+from ...engines import NetworkDraws, Posterior
+from ...rewards import ProjectedHead
 from ...rewards.tangent import Tangent
 from ._graph import describe, draw
 from ._html import Html, element, join, paragraph, table
@@ -17,11 +18,13 @@ def declaration(posterior: Posterior) -> Section:
     variables = declared(posterior)
     latents = [v for v in variables if not v.observed and not v.name.startswith("reward.")]
     report = posterior.report
-    reward = (
-        "LoRA adapters on a language model"
-        if isinstance(posterior.program.head, Tangent)
-        else (f"a {type(posterior.program.head).__name__} head on {several(posterior._num_features(), 'feature')}")
-    )
+    head, width = posterior.program.head, posterior._num_features()
+    if isinstance(head, Tangent | NetworkDraws):
+        reward = "LoRA adapters on a language model"
+    elif isinstance(head, ProjectedHead):
+        reward = f"{head.title} in {several(width, 'coordinate')}"
+    else:
+        reward = f"a {type(head).__name__} head on {several(width, 'feature')}"
     known = f" with {several(len(latents), 'latent')} of its own" if latents else " with no latents of its own"
     verdict = (
         f"Rewards come from {reward} ({several(report.num_parameters, 'parameter')}), and answers from "
