@@ -36,6 +36,12 @@ def weight_draws(tangent: Tangent, z: Tensor, *, seed: int, rest: bool) -> Itera
 
 def save_draws(tangent: Tangent, draws: Iterator[Tensor], folder: Path) -> list[Path]:
     """Writes each draw to `folder/draw-<number>` in the format of peft; the network is as before afterwards."""
+    # Other threads must not see the network at a draw.
+    with tangent.network.lock:
+        return _save_draws(tangent, draws, folder)
+
+
+def _save_draws(tangent: Tangent, draws: Iterator[Tensor], folder: Path) -> list[Path]:
     network = tangent.network
     kept = network.theta()
     places, start = {}, 0

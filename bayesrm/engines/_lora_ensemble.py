@@ -210,11 +210,11 @@ class MovedPriorLoss(JointLoss):
         self, sequences: Mapping[str, Tensor], places: Tensor, feedback: FeedbackDensity, number: int = 0
     ) -> Tensor:
         """The loss, see `JointLoss.forward`; it is the same for batches of every number."""
-        loss: Tensor = super().forward(sequences, places, feedback)
+        loss = super().forward(sequences, places, feedback)
         if self.latents is None:
             return loss
-        here, moved = feedback.log_priors(torch.stack([self.latents, self.latents - self._shift]))
-        return loss + (here - moved) / self._num_rows
+        log_priors = feedback.log_priors(torch.stack([self.latents, self.latents - self._shift]))
+        return loss + (log_priors[0] - log_priors[1]) / self._num_rows
 
 
 def _member_folder(training: Training, number: int) -> str | None:

@@ -53,8 +53,8 @@ class SVI:
     heads q starts at Laplace's approximation. A head that is not linear keeps draws of q, since the rewards they give
     are not normal. `LoRA` rewards get a mean-field posterior on the weights themselves, in the manner of BLoB (Wang et
     al. 2024, 2406.11675), trained by `transformers.Trainer`. Its standard deviations start at a tenth of the prior's
-    and need some hundred steps to grow where the data say nothing; a short run is too certain, which `mean_scale` in
-    `report.diagnostics` shows.
+    and need some hundred steps to grow where the data say nothing; a short run is too certain: it warns, has not
+    `converged`, and shows it in `mean_scale` and `growth_gain` of `report.diagnostics`.
 
     Attributes:
         guide: A `GuideFamily`; by default `"full_rank"` for heads and `"mean_field"`, the only one, for LoRA rewards.

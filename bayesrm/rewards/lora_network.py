@@ -71,7 +71,7 @@ class LoRANetwork(torch.nn.Module):
         self.initial = {name: self._center(name, p, brought) for name, p in self.sites.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Locks can be neither copied nor pickled, and a copy needs its own.
+        # A lock cannot be copied, and a copy of the network needs its own.
         return {name: value for name, value in vars(self).items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

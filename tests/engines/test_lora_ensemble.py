@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import bayesrm as brm
-from bayesrm.engines import Posterior
-from bayesrm.engines._lora_ensemble import Member, Tilted, fit_members
-from bayesrm.engines.training import Training, train
-from bayesrm.errors import ArgumentError, ConvergenceWarning
+from bayesrm.engines import Posterior, _lora_ensemble
+from bayesrm.engines._lora_ensemble import Member, MovedPrior, fit_members
+from bayesrm.engines.training import Training, TrainingReport, train
+from bayesrm.errors import ArgumentError, ConvergenceWarning, EngineError
 from bayesrm.rewards import LoRA, LoRANetwork
 
 from ..rewards import lora_models as models
@@ -24,8 +24,10 @@ def path(tmp_path_factory):
     return models.bert(tmp_path_factory.mktemp("bert"))
 
 
-def fit(path, data, *, members=3, anchored=True, bootstrap=False, precision=2.0, seed=1, **training):
-    model = brm.RewardModel(LoRA(path, rank=2, device="cpu"), L.Davidson(), brm.priors.Gaussian(precision))
+def fit(path, data, *, members=3, anchored=True, bootstrap=False, precision=2.0, seed=1, likelihood=None, **training):
+    model = brm.RewardModel(
+        LoRA(path, rank=2, device="cpu"), likelihood or L.Davidson(), brm.priors.Gaussian(precision)
+    )
     values = {"epochs": 1.0, "batch_size": 4, "learning_rate": 5e-3} | training
     return fit_members(
         model, data, Training(**values), num_members=members, anchored=anchored, bootstrap=bootstrap, seed=seed,
@@ -46,7 +48,7 @@ def test_members_are_those_that_are_trained_by_hand(path):
         training = Training(epochs=1.0, batch_size=4, learning_rate=5e-3)
         report = train(
             network, model, data, weighted, training, seed=member.order_seed, progress=False,
-            objective=member.tilted(density),
+            objective=member.moved(density),
         )  # fmt: skip
         assert torch.equal(posterior.network_draws.draws[number], network.theta())
         assert torch.equal(posterior.unconstrained_latents[number], report.latents)
@@ -66,35 +68,82 @@ def test_anchors_are_draws_from_the_declared_prior(path):
         assert abs(float(part.mean())) < 4 * spread / count**0.5
 
 
-def test_tilts_move_a_normal_prior_to_its_draws(path):
-    """The modes of the tilted prior of a normal latent are draws of it."""
+def log_prior(density, u):
+    return density.distributions([torch.zeros(g.items.shape).double() for g in density.groups], u)[1]
+
+
+def test_shifts_are_draws_of_a_normal_prior(path):
+    """The modes of the moved prior of normal latents are draws of that prior."""
     data = load(pairs(6))
     _, _, density = setup(path, data, L.LengthBias(L.Davidson()))
-    tilts = torch.tensor([Member.of(0, i).tilted(density).slope for i in range(144)], dtype=torch.float64)
+    shifts = torch.tensor([Member.of(0, i).moved(density).shift for i in range(144)], dtype=torch.float64)
     u = density.initial_latents
-
-    def log_prior(latents):
-        return density.distributions([torch.zeros(g.items.shape).double() for g in density.groups], latents)[1]
-
-    precision = -torch.autograd.functional.hessian(log_prior, u)
+    precision = -torch.autograd.functional.hessian(lambda x: log_prior(density, x), u)
     torch.testing.assert_close(precision, precision.diagonal().diag(), rtol=0, atol=1e-10)
-    modes = tilts / precision.diagonal()
     scale = precision.diagonal().rsqrt()
     assert len(u) == 2
-    assert bool((modes.mean(0).abs() < 4 * scale / 12).all())
-    torch.testing.assert_close(modes.std(0), scale, rtol=4 / 288**0.5, atol=0)
+    assert bool((shifts.mean(0).abs() < 4 * scale / 12).all())
+    torch.testing.assert_close(shifts.std(0), scale, rtol=4 / 288**0.5, atol=0)
 
 
-def test_the_tilted_loss_is_the_log_joint_with_the_linear_term(path):
+def test_the_moved_loss_is_the_log_joint_under_the_moved_prior(path):
     data = load(pairs(9))
-    model, network, density, latents = moved(path, data, L.Davidson())
+    model, network, density, latents = moved(path, data, HeavyTailed())
     batches = partition(network, data, density)
-    loss = Tilted((0.7,)).loss(network, model, density, num_rows=9, num_batches=len(batches))
+    loss = MovedPrior((0.7,)).loss(network, model, density, num_rows=9, num_batches=len(batches))
     loss.latents.data.copy_(latents)
     with torch.no_grad():
         average = torch.stack([loss(**batches[i], number=i) for i in range(len(batches))]).mean()
-    expected = -9 * declared_loss(model, network, density, data, latents) + 0.7 * float(latents)
+
+    def by_hand(u):
+        """Half-Cauchy of scale 1 at exp(u), with its Jacobian."""
+        return float(np.log(2 / np.pi) - np.log1p(np.exp(2 * u)) + u)
+
+    u = float(latents)
+    expected = -9 * declared_loss(model, network, density, data, latents) - by_hand(u) + by_hand(u - 0.7)
+    assert abs(by_hand(u) - by_hand(u - 0.7)) > 0.05
     assert -9 * float(average) == pytest.approx(expected, rel=1e-10)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeavyTailed:
+    """Davidson with a half-Cauchy prior: in log nu its log density falls off linearly on both sides."""
+
+    def __call__(self, rewards, comparison):
+        tie_weight = brm.backend.sample("tie_weight", brm.backend.dist.HalfCauchy(1.0))
+        half = 0.5 * (rewards[..., 0] - rewards[..., 1])
+        ops = brm.backend.ops
+        return brm.backend.dist.Categorical(logits=ops.stack([half, -half, ops.log(tie_weight) + 0.0 * half], axis=-1))
+
+
+def test_latents_with_log_linear_tails_have_a_mode_in_every_member(path):
+    """Of ties alone the likelihood goes flat as log nu grows, where the prior falls off with slope 1."""
+    data = load([row | {"choice": "tie"} for row in pairs(8)])
+    model, network, density = setup(path, data, HeavyTailed())
+    [batch] = partition(network, data, density, batch_size=8, step_size=1)
+    shifts = []
+    for number in range(20):
+        objective = Member.of(1, number).moved(density)
+        loss = objective.loss(network, model, density, num_rows=8, num_batches=1)
+        values = {}
+        for u in (-30.0, -20.0, 3.0, 20.0, 30.0):
+            loss.latents.data.fill_(u)
+            values[u] = 8 * float(loss(**batch).detach())
+        assert values[-30.0] - values[-20.0] > 5.0
+        assert values[30.0] - values[20.0] > 5.0
+        assert max(values[20.0], values[-20.0]) - values[3.0] > 5.0
+        shifts.append(objective.shift[0])
+    # The curvature is 1, and so a linear term with the curvature's spread, which is no anchor here, has these slopes.
+    assert max(shifts) > 1.1
+    assert min(shifts) < -1.1
+
+
+def test_latents_that_ran_off_are_refused(path, monkeypatch):
+    monkeypatch.setattr(
+        _lora_ensemble, "train", lambda *a, **k: TrainingReport(torch.tensor([-torch.inf]).double(), 1, 1, 1.0, 1.0)
+    )
+    with pytest.raises(EngineError, match=r"member 0 has no mode.*-inf"):
+        fit(path, load(pairs(6)))
 
 
 def test_members_are_drawn_to_their_anchors_where_the_prior_is_strong(path):
@@ -194,6 +243,7 @@ def test_the_report_and_the_round_trip(path, tmp_path):
     posterior = fit(path, data, anchored=False)
     report = posterior.report
     assert (report.engine["name"], report.iterations, report.converged) == ("Ensemble", 9, True)
+    assert np.isnan(report.gradient_norm)
     assert report.training["steps"] == report.training["planned_steps"] == 9
     assert isinstance(posterior.network_draws.network, LoRANetwork)
     # Members differ by the order of their data alone, and a little.

@@ -1,6 +1,8 @@
 """The mean-field objective on adapter weights against autograd through explicit draws, quadrature, and cut runs."""
 
 import dataclasses
+import math
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from bayesrm.engines import Posterior
 from bayesrm.engines._digest import feedback_digest
 from bayesrm.engines._lora_svi import Approximation, MeanField, MeanFieldLoss, fit_mean_field
 from bayesrm.engines.training import Training
-from bayesrm.errors import ArgumentError, PersistenceError
+from bayesrm.errors import ArgumentError, ConvergenceWarning, PersistenceError
 
 from ..rewards import lora_models as models
 from .test_training import DESIGNS, At, Cut, cut, load, moved, pairs, partition, setup
@@ -213,13 +215,17 @@ class TestOptimum:
         assert abs(found["elbo"] - best) < 4 * found["elbo_std_error"] + 0.3
 
 
-def fit(path, data, *, likelihood=L.Davidson(), seed=1, dropout=0.0, lora=None, settings=None, **training):  # noqa: B008
+def fit(path, data, *, likelihood=L.Davidson(), seed=1, dropout=0.0, settled=False, settings=None, **training):  # noqa: B008
+    """A short fit; whether its scales had settled is nothing to most tests, and `settled=True` lets the warning out."""
     model = brm.RewardModel(
-        brm.rewards.LoRA(path, rank=2, device="cpu", dropout=dropout, **(lora or {})), likelihood,
+        brm.rewards.LoRA(path, rank=2, device="cpu", dropout=dropout), likelihood,
         brm.priors.Gaussian(PRECISION),
     )  # fmt: skip
     values = {"epochs": 2.0, "batch_size": 4, "learning_rate": 5e-3} | training
-    return fit_mean_field(model, data, Training(**values), seed=seed, progress=False, **(settings or {}))
+    with warnings.catch_warnings():
+        if not settled:
+            warnings.simplefilter("ignore", ConvergenceWarning)
+        return fit_mean_field(model, data, Training(**values), seed=seed, progress=False, **(settings or {}))
 
 
 class TestFit:
@@ -282,14 +288,46 @@ class TestFit:
         with pytest.raises(PersistenceError, match=r"objective\.init_scale"):
             fit(path, data, output_dir=folder, settings={"init_scale": 0.5}, **settings)
 
-    def test_no_epochs_leave_the_approximation_at_its_start(self, path):
-        data = load(pairs(8))
-        posterior = fit(path, data, epochs=0.0, settings={"num_samples": 400, "init_scale": 0.5})
-        draws = posterior.network_draws.draws
-        center = posterior.network_draws.network.initial_theta()
-        ratio = (draws - center).square().mean() * PRECISION
-        assert float(ratio) == pytest.approx(0.25, rel=0.02)
-        assert posterior.report.training["steps"] == 0
+    def test_no_epochs_are_refused(self, path):
+        with pytest.raises(ArgumentError, match="0 epochs"):
+            fit(path, load(pairs(8)), epochs=0.0)
+
+    def test_a_run_too_short_for_its_scales_has_not_converged(self, path):
+        with pytest.warns(ConvergenceWarning, match=r"6 steps while .* 0\.1\d of the prior's"):
+            posterior = fit(path, load(pairs(12)), settled=True)
+        assert not posterior.report.converged
+        assert posterior.report.diagnostics["mean_scale"] < 0.2
+        assert math.isnan(posterior.report.gradient_norm)
+        assert "NOT SETTLED" in posterior.summary()
+
+    def test_a_run_whose_scales_have_grown_has_converged(self, path):
+        posterior = fit(
+            path, load(pairs(16)), settled=True, settings={"init_scale": 0.5}, epochs=20.0, schedule="constant"
+        )
+        assert posterior.report.converged
+        assert posterior.report.diagnostics["mean_scale"] > 0.8
+
+    def test_the_gain_of_larger_scales_is_that_of_the_elbo(self, path):
+        data = load(pairs(16))
+        posterior = fit(path, data, epochs=3.0)
+        head, density = posterior.network_draws, posterior._density_of(data)
+        mean, center = head.network.theta().double(), head.network.initial_theta().double()
+        # The first numbers of the generator are the noise of the weights; large ones give the scales back.
+        noise = torch.randn(32, len(mean), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        away = head.draws.double() - mean
+        largest = noise.abs().argmax(0, keepdim=True)
+        scale = (away.gather(0, largest) / noise.gather(0, largest))[0]
+        torch.testing.assert_close(away, scale * noise, rtol=0, atol=1e-6)
+        bounds = []
+        for factor in (1.0, 1.1):
+            kl = kl_divergence(Normal(mean, factor * scale), Normal(center, PRECISION**-0.5)).sum()
+            widened = dataclasses.replace(head, draws=(mean + factor * away[:4]).float())
+            rewards = torch.from_numpy(widened.extract_items(data)).T
+            bounds.append(density.log_joints(rewards, posterior.unconstrained_latents[:4]) - kl)
+        change = bounds[1] - bounds[0]
+        found = posterior.report.diagnostics
+        assert found["growth_gain"] == pytest.approx(float(change.mean()), rel=1e-3)
+        assert found["growth_gain_std_error"] == pytest.approx(float(change.std()) / 2, rel=1e-3)
 
     def test_draws_have_the_densities_that_are_stored(self, path):
         loss, *_ = loss_of(path, "ties")

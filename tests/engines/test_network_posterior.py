@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -17,7 +19,7 @@ from bayesrm.engines._shared_prefix import MemberForward
 from bayesrm.engines.network_posterior import NetworkDraws, NetworkPosterior, network_report
 from bayesrm.engines.training import TrainingReport
 from bayesrm.errors import ArgumentError
-from bayesrm.rewards import LoRA
+from bayesrm.rewards import LoRA, per_sample_jacobian
 
 from ..rewards import lora_models as models
 
@@ -48,6 +50,11 @@ def posterior_of(path, data, *, count=5, latents=None, likelihood=None, **lora):
     )  # fmt: skip
     latents = torch.zeros(count, 0, dtype=torch.float64) if latents is None else latents
     return NetworkPosterior(model, schema, report, latents)
+
+
+def hooks_of(network):
+    """Modules with hooks, or with a `forward` of their own."""
+    return [name for name, m in network.named_modules() if m._forward_hooks or "forward" in vars(m)]
 
 
 def one_by_one(posterior, prompts, responses):
@@ -227,6 +234,42 @@ class TestPredictions:
         [values] = posterior.latents().values()
         assert values.shape[0] == 5
 
+    def test_threads_share_one_network(self, path, tmp_path):
+        posterior = posterior_of(path, models.pairs(4))
+        network = posterior.network_draws.network
+        plain = network.collate(network.tokenize(PROMPTS, ["w1 w2", "w3", "w4 w39"]))
+        before, pointers, hooks = network.theta(), [p.data_ptr() for p in network.parameters()], hooks_of(network)
+
+        def predict(_):
+            return posterior.predict(PROMPTS, CANDIDATES).draws
+
+        def reward(_):
+            with torch.no_grad():
+                return network(**plain)
+
+        def jacobian(_):
+            return per_sample_jacobian(network, plain)[1]
+
+        def save(number):
+            return [f.name for f in posterior.save_adapter_draws(tmp_path / str(number), 2)]
+
+        tasks = (predict, reward, jacobian, save)
+        alone = [task("alone") for task in tasks]
+        with ThreadPoolExecutor(4) as pool:
+            together = [[pool.submit(task, i) for task in tasks] for i in range(6)]
+            found = [[future.result() for future in row] for row in together]
+        assert alone[0].std() > 0.05
+        for row in found:
+            for ours, theirs in zip(row[:3], alone[:3], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            assert row[3] == alone[3]
+        assert torch.equal(network.theta(), before)
+        assert [p.data_ptr() for p in network.parameters()] == pointers
+        assert all(p.requires_grad for p in network.sites.values())
+        assert hooks_of(network) == hooks
+        weights = [(tmp_path / folder / "draw-001/adapter_model.safetensors").read_bytes() for folder in ("alone", "5")]
+        assert weights[0] == weights[1]
+
     def test_arrays_are_refused_and_so_are_single_draws(self, path):
         data = models.pairs(4)
         posterior = posterior_of(path, data)
@@ -267,6 +310,7 @@ class TestPersistence:
         assert "SVI" in shown
         again = Posterior.from_pretrained(tmp_path / "run")
         assert again.program.prior.precision == 4.0
+        assert math.isnan(again.report.gradient_norm)
         assert torch.equal(again.log_density["log_q"], posterior.log_density["log_q"])
         assert torch.equal(again.network_draws.draws, posterior.network_draws.draws)
         assert again.network_draws._forward.num_shared_layers == 1

@@ -239,8 +239,7 @@ def test_one_chain_is_a_problem_and_two_are_none():
     assert problems(x, num_chains=2) == []
 
 
-@pytest.mark.parametrize("backend", ["numpyro", "pyro"])
-@pytest.mark.parametrize("num_samples", [1, 3, 7])
+@pytest.mark.parametrize(("backend", "num_samples"), [("numpyro", 7), ("pyro", 1), ("pyro", 3)])
 def test_too_few_draws_are_a_problem_and_no_error(backend, num_samples):
     model = brm.RewardModel(brm.rewards.Linear(standardize=False), L.BradleyTerry())
     data = model.simulate(make_data(rows=6, num_features=1), seed=0).data

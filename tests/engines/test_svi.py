@@ -130,9 +130,7 @@ def test_too_few_steps_are_told():
     model = brm.RewardModel(brm.rewards.MLP(hidden=(8,)), L.BradleyTerry())
     data = model.simulate(make_data(rows=60, num_features=4), seed=0).data
     with pytest.warns(ConvergenceWarning, match=r"after 40 steps.* raise `num_steps`"):
-        posterior = brm.fit(
-            model, data, inference=brm.SVI(num_steps=40, num_samples=10)
-        )
+        posterior = brm.fit(model, data, inference=brm.SVI(num_steps=40, num_samples=10))
     assert not posterior.report.converged
     assert len(posterior) == 10
 

@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -95,6 +96,18 @@ class TestNetwork:
         assert torch.equal(torch.get_rng_state(), before)
         assert torch.equal(one, same)
         assert not torch.equal(one, other)
+
+    def test_copies_have_weights_and_a_lock_of_their_own(self, tmp_path):
+        network = moved(LoRA(models.bert(tmp_path), rank=2).load(0))
+        other = copy.deepcopy(network)
+        batch = network.collate(network.tokenize(*models.texts(3)))
+        expected = network(**batch)
+        torch.testing.assert_close(other(**batch), expected, rtol=0, atol=0)
+        assert other.lock is not network.lock
+        other.set_theta(other.initial_theta())
+        assert torch.equal(other(**batch), torch.zeros(3))
+        torch.testing.assert_close(network(**batch), expected, rtol=0, atol=0)
+        assert "lock" not in network.state_dict()
 
     def test_plain_peft_loads_the_adapter_with_its_head(self, family, tmp_path):
         _, path = family
