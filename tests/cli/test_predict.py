@@ -111,3 +111,14 @@ def test_texts_for_a_posterior_of_features(candidates, tmp_path, capsys):
     brm.fit(model, data).save_pretrained(tmp_path / "run")
     assert main(["predict", str(tmp_path / "run"), candidates]) == 1
     assert "fitted on precomputed features" in capsys.readouterr().err
+
+
+def test_a_gaussian_process_predicts_from_texts(encoder, pairs, decided, tmp_path, capsys):
+    folder, output = str(tmp_path / "run"), tmp_path / "rows.jsonl"
+    fit = ["fit", "gaussian_process", "laplace_full", decided, "-o", folder, "--program.encoder", encoder]
+    assert main(fit) == 0
+    assert main(["predict", folder, decided, "-o", str(output)]) == 0
+    capsys.readouterr()
+    expected = brm.Posterior.from_pretrained(folder).predict_feedback(brm.Comparisons.load(decided)).log_prob
+    np.testing.assert_allclose([row["log_prob"] for row in lines(output)], expected, rtol=0, atol=1e-9)
+    assert main(["report", folder, decided, "-o", str(tmp_path / "r.html")]) == 0
