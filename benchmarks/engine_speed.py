@@ -43,7 +43,7 @@ from bayesrm.errors import ConvergenceWarning
 SIZES = ((200, 16), (2000, 64))
 #: Draws of a timed chain, by number of comparisons: some tens of thousand leapfrog steps, beside which the milliseconds
 #: that moving the data to JAX takes do not count.
-DRAWS = {200: 8000, 2000: 3000}
+DRAWS = {200: 20_000, 2000: 6000}
 NUM_MEMBERS = 20
 HIDDEN = (16,)
 #: Where members and single modes stop.
@@ -190,7 +190,7 @@ def run(quick: bool) -> tuple[list[Claim], dict[str, Any]]:
 
     with double_precision():
         for rows, d in SIZES:
-            ours, other = leapfrog_steps(rows, d, DRAWS[rows] // (4 if quick else 1))
+            ours, other = leapfrog_steps(rows, d, DRAWS[rows])
             add([Contest(f"a leapfrog step of NUTS against NumPyro by hand, {rows} x {d}", ours, other, 1.1)])
     for rows, d in SIZES:
         model, data = simulated(rows, d)

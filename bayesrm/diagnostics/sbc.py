@@ -65,10 +65,9 @@ class SBC:
         worst = int(self.adjusted.argmin())
         verdict = "no sign of a wrong posterior"
         if self.p_value < _DOUBT:
-            size = "narrow" if self.spread[worst] > 1 else "wide"
             verdict = (
                 f"the posterior is wrong, most clearly about {self.names[worst]}: truths lie {self.shift[worst]:+.2f} "
-                f"of its standard deviations off, and it is too {size} (spread {self.spread[worst]:.2f})"
+                f"of its standard deviations off, and spread {self.spread[worst]:.2f} times as wide as it says"
             )
         lines = [f"{len(self.ranks)} simulations, smallest adjusted p = {self.p_value:.2g}: {verdict}"]
         width = max(len(name) for name in self.names)
