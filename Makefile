@@ -20,7 +20,7 @@ demo: $(VENV)/.extras-demo
 	$(BIN)/bayesrm demo --output demo_report.html
 
 # One process a core, each with one thread: small matrices gain nothing from more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test: $(VENV)/.extras-dev
 	$(PYTEST) -m "not slow"
