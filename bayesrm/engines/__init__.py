@@ -9,6 +9,7 @@ from .base import Engine, fit
 from .draws import JointDraws
 from .draws_posterior import DrawsPosterior
 from .ensemble import Ensemble, Randomisation
+from .enumeration import Enumeration
 from .gaussian_posterior import GaussianPosterior
 from .importance import ImportanceSampling
 from .laplace import Laplace, PrecisionGroups, Structure
@@ -19,6 +20,7 @@ from .posterior import Posterior
 from .prediction import FeedbackPrediction, GroupPrediction
 from .registry import RegisteredEngine, available, load
 from .report import FitReport
+from .response_posterior import ResponsePosterior, Target, response_posterior
 from .sample_selection import SampleSelection, SelectedSamples, select_samples
 from .svi import SVI, GuideFamily
 from .training import Training, TrainingReport
@@ -34,6 +36,7 @@ __all__ = [
     "DrawsPosterior",
     "Engine",
     "Ensemble",
+    "Enumeration",
     "FeedbackDensity",
     "FeedbackPrediction",
     "FeedbackSchema",
@@ -52,15 +55,18 @@ __all__ = [
     "PriorPrecision",
     "Randomisation",
     "RegisteredEngine",
+    "ResponsePosterior",
     "SampleSelection",
     "SamplerBackend",
     "SelectedSamples",
     "Structure",
+    "Target",
     "Training",
     "TrainingReport",
     "available",
     "fit",
     "load",
+    "response_posterior",
     "select_samples",
     "training_settings",
 ]

@@ -12,8 +12,10 @@ from .._typing import Tensor
 from ..data import Comparisons
 from ..errors import ConvergenceWarning, DataError, EngineError
 from ..programs import RewardModel
+from ..rewards import PairwiseHead, PairwisePreference
 from ..rewards.gaussian_process import TUNED, GaussianProcess, KernelHead
 from ._density import FeedbackDensity
+from ._pairwise import bound_pairs
 from .laplace import Laplace
 
 _GIB = 2**30
@@ -42,6 +44,8 @@ def bound(
         LikelihoodError: The likelihood does not fit the feedback.
     """
     reward = program.reward
+    if isinstance(reward, PairwisePreference | PairwiseHead):
+        return bound_pairs(program, data, progress=progress)
     if not isinstance(reward, GaussianProcess | KernelHead):
         return program, data
     groups = data.groups()

@@ -21,7 +21,7 @@ from ..errors import LikelihoodChangedWarning, PersistenceError
 from ..likelihoods import base as likelihoods
 from ..priors import Gaussian
 from ..programs import RewardModel
-from ..rewards import MLP, FeatureExtractor, KernelHead, Linear, LoRA
+from ..rewards import MLP, FeatureExtractor, KernelHead, Linear, LoRA, PairwiseHead
 from ..rewards._subspaces import subspace_from
 from ..rewards.heads import head_config
 from ..rewards.tangent import Tangent
@@ -36,7 +36,7 @@ from .report import FitReport
 FORMAT_VERSION = 1
 _SETTINGS, _TENSORS, _MANIFEST = "posterior.json", "posterior.safetensors", "manifest.json"
 _ADAPTER = "adapter"
-_HEADS = {"Linear": Linear, "MLP": MLP}
+_HEADS = {"Linear": Linear, "MLP": MLP, "PairwiseHead": PairwiseHead}
 _COVARIANCES: dict[str, Any] = {"KronCovariance": KronCovariance, "DiagCovariance": DiagCovariance}
 _POSTERIORS: dict[str, Any] = {
     "GaussianPosterior": GaussianPosterior,

@@ -210,7 +210,7 @@ class TrainerRun:
     @contextlib.contextmanager
     def open(cls, network: LoRANetwork, training: Training, *, seed: int, progress: bool) -> Iterator["TrainerRun"]:
         """Inside the block the Trainer may seed, log and set up processes; afterwards all is as before."""
-        with seeded(seed), _kept_generators(), _kept_accelerate_state(), _kept_verbosity():
+        with trainer_session(seed):
             try:
                 yield cls(network, training, seed, progress, Processes.current(network.device))
             finally:
@@ -229,7 +229,10 @@ class TrainerRun:
     ) -> Outcome:
         """Trains the network in place; `num_rows` is N, `place` is where the Trainer may write."""
         network, training = self.network, self.training
-        arguments = self._arguments(place, folder)
+        arguments = trainer_arguments(
+            training, place, checkpoints=folder is not None, seed=self.seed, progress=self.progress,
+            device=network.device, processes=self.processes,
+        )  # fmt: skip
         device = arguments.device
         if device != network.device and self.processes.count == 1 and network.device.index not in (None, 0):
             raise ArgumentError(
@@ -274,58 +277,74 @@ class TrainerRun:
             unselected=batches.unselected if isinstance(batches, SelectedBatches) else None,
         )
 
-    def _arguments(self, place: str, folder: RunFolder | None) -> transformers.TrainingArguments:
-        t = self.training
-        known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-        for name in t.arguments:
-            if name not in known:
-                raise ArgumentError(
-                    f"`arguments` sets {name!r}, which the installed transformers does not know as a training argument"
-                )
-        strategy = "no" if folder is None else "epoch" if t.save_steps is None else "steps"
-        settings: dict[str, Any] = {
-            "output_dir": place,
-            "per_device_train_batch_size": t.batch_size,
-            "gradient_accumulation_steps": t.gradient_accumulation_steps,
-            "num_train_epochs": t.epochs,
-            "max_steps": -1 if t.max_steps is None else t.max_steps,
-            "learning_rate": t.learning_rate,
-            "lr_scheduler_type": t.schedule,
-            # A value below 1 is a share of the steps.
-            "warmup_steps": t.warmup_ratio,
-            "weight_decay": 0.0,
-            "max_grad_norm": t.max_grad_norm,
-            "bf16": t.bf16,
-            "save_strategy": strategy,
-            "save_steps": t.save_steps or 500,
-            # Older checkpoints go only once the new one is whole, see `RunFolder.complete`.
-            "save_total_limit": None,
-            "restore_callback_states_from_checkpoint": True,
-            "logging_steps": t.logging_steps,
-            # Its check of every micro-batch would make the CPU wait for the device; `log` looks at the loss instead.
-            "logging_nan_inf_filter": False,
-            "report_to": list(t.report_to) or "none",
-            "disable_tqdm": not self.progress,
-            "log_level": "passive" if self.progress else "error",
-            "log_level_replica": "error",
-            "seed": self.seed % 2**32,
-            "use_cpu": self.network.device.type == "cpu",
-            "remove_unused_columns": False,
-            "dataloader_pin_memory": False,
-            "ddp_find_unused_parameters": False,
-        }
-        try:
-            arguments = transformers.TrainingArguments(**(settings | dict(t.arguments)))
-        except (ValueError, TypeError) as error:
-            raise ArgumentError(f"transformers refuses these settings of Training: {error}") from error
-        if self.processes.count == 1 and arguments.n_gpu > 1:
-            # Otherwise the Trainer would spread each batch over all visible GPUs by DataParallel.
-            arguments._n_gpu = 1
-        return arguments
+
+def trainer_arguments(
+    training: Training, place: str, *, checkpoints: bool, seed: int, progress: bool, device: torch.device,
+    processes: Processes,
+) -> transformers.TrainingArguments:  # fmt: skip
+    """What `transformers.Trainer` gets of the settings; it may write into the folder `place`.
+
+    Raises:
+        ArgumentError: transformers refuses a setting.
+    """
+    t = training
+    known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    for name in t.arguments:
+        if name not in known:
+            raise ArgumentError(
+                f"`arguments` sets {name!r}, which the installed transformers does not know as a training argument"
+            )
+    strategy = "no" if not checkpoints else "epoch" if t.save_steps is None else "steps"
+    settings: dict[str, Any] = {
+        "output_dir": place,
+        "per_device_train_batch_size": t.batch_size,
+        "gradient_accumulation_steps": t.gradient_accumulation_steps,
+        "num_train_epochs": t.epochs,
+        "max_steps": -1 if t.max_steps is None else t.max_steps,
+        "learning_rate": t.learning_rate,
+        "lr_scheduler_type": t.schedule,
+        # A value below 1 is a share of the steps.
+        "warmup_steps": t.warmup_ratio,
+        "weight_decay": 0.0,
+        "max_grad_norm": t.max_grad_norm,
+        "bf16": t.bf16,
+        "save_strategy": strategy,
+        "save_steps": t.save_steps or 500,
+        # Older checkpoints go only once the new one is whole, see `RunFolder.complete`.
+        "save_total_limit": None,
+        "restore_callback_states_from_checkpoint": True,
+        "logging_steps": t.logging_steps,
+        # Its check of every micro-batch would make the CPU wait for the device; `log` looks at the loss instead.
+        "logging_nan_inf_filter": False,
+        "report_to": list(t.report_to) or "none",
+        "disable_tqdm": not progress,
+        "log_level": "passive" if progress else "error",
+        "log_level_replica": "error",
+        "seed": seed % 2**32,
+        "use_cpu": device.type == "cpu",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "ddp_find_unused_parameters": False,
+    }
+    try:
+        arguments = transformers.TrainingArguments(**(settings | dict(t.arguments)))
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(f"transformers refuses these settings of Training: {error}") from error
+    if processes.count == 1 and arguments.n_gpu > 1:
+        # Otherwise the Trainer would spread each batch over all visible GPUs by DataParallel.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
     return batch[0]
+
+
+@contextlib.contextmanager
+def trainer_session(seed: int) -> Iterator[None]:
+    """Inside the block the Trainer may seed, log and set up processes; afterwards all is as before."""
+    with seeded(seed), _kept_generators(), _kept_accelerate_state(), _kept_verbosity():
+        yield
 
 
 @contextlib.contextmanager

@@ -1,15 +1,18 @@
 """What an inference engine is, and `fit`."""
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 from ..data import Comparisons
-from ..errors import ArgumentError, DataError
-from ..programs import RewardModel
+from ..errors import ArgumentError, DataError, EngineError
+from ..programs import GoodnessPosterior, RewardModel, ScoredCandidates
 from ._digest import feedback_digest
 from ._gaussian_process import bound
+from .enumeration import Enumeration
+from .importance import ImportanceSampling
 from .laplace import Laplace
 from .posterior import Posterior
+from .response_posterior import ResponsePosterior
 
 
 @runtime_checkable
@@ -24,6 +27,18 @@ class Engine(Protocol):
         ...
 
 
+@overload
+def fit(
+    model: GoodnessPosterior,
+    data: ScoredCandidates,
+    *,
+    inference: Any = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> ResponsePosterior: ...
+
+
+@overload
 def fit(
     model: RewardModel,
     data: Comparisons,
@@ -31,14 +46,24 @@ def fit(
     inference: Engine | str | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> Posterior:
-    """The posterior of a declared model given feedback.
+) -> Posterior: ...
+
+
+def fit(
+    model: RewardModel | GoodnessPosterior,
+    data: Comparisons | ScoredCandidates,
+    *,
+    inference: Any = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Posterior | ResponsePosterior:
+    """The posterior of a declared model given data.
 
     Args:
-        model: The program, for instance a `RewardModel`.
-        data: The feedback it explains.
-        inference: The engine, `Laplace()` by default; or the name of one with its default settings, see
-            `engines.available`.
+        model: The program: a `RewardModel`, or a `GoodnessPosterior` over responses.
+        data: What it explains: feedback, or candidates of each prompt.
+        inference: The engine, by default `Laplace()`, and `ImportanceSampling()` for responses that were drawn; or the
+            name of one with its default settings, see `engines.available`.
         seed: Seed of everything random in the fit. No global random state is touched.
         progress: Whether to show progress.
 
@@ -55,13 +80,15 @@ def fit(
         >>> round(fit(model, data).report.log_evidence, 2)
         -2.43
     """
-    if not isinstance(model, RewardModel):
+    if not isinstance(model, RewardModel | GoodnessPosterior):
         raise ArgumentError(f"`model` is a {type(model).__name__}; it must be a program such as RewardModel")
     if isinstance(inference, str):
         from .registry import make
 
         inference = make(inference)
-    engine: Any = Laplace() if inference is None else inference
+    if inference is None:
+        inference = Laplace() if isinstance(model, RewardModel) else _engine_for_responses(data)
+    engine: Any = inference
     if isinstance(engine, type) or not isinstance(engine, Engine):
         hint = "; call it to make settings, for instance Laplace()" if isinstance(engine, type) else ""
         raise ArgumentError(f"`inference` is {engine!r}, not an engine with a `fit` method{hint}")
@@ -72,6 +99,15 @@ def fit(
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ArgumentError(f"`seed` is {seed!r}; it is a non-negative integer")
+    if isinstance(model, GoodnessPosterior):
+        if not isinstance(engine, ImportanceSampling | Enumeration):
+            raise EngineError(
+                f"{type(engine).__name__} cannot serve a posterior over responses; use ImportanceSampling() for "
+                "candidates that were drawn, Enumeration() for all there are"
+            )
+        assert isinstance(data, ScoredCandidates)
+        return engine.fit(model, data, seed=seed, progress=progress)
+    assert isinstance(data, Comparisons)
     if len(data) == 0:
         raise DataError("the data hold no rows of feedback")
     program, encoded = bound(model, data, engine, seed=seed, progress=progress)
@@ -81,3 +117,7 @@ def fit(
     digest = None if unselected else feedback_digest(data)
     posterior.report = dataclasses.replace(posterior.report, data_digest=digest)
     return posterior
+
+
+def _engine_for_responses(data: Any) -> Any:
+    return Enumeration() if isinstance(data, ScoredCandidates) and data.exhaustive else ImportanceSampling()

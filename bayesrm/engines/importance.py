@@ -3,14 +3,15 @@
 import dataclasses
 import math
 import time
-from typing import Any
+import warnings
+from typing import Any, overload
 
 import torch
 
 from .._typing import Tensor
 from ..data import Comparisons
-from ..errors import ArgumentError, EngineError
-from ..programs import RewardModel
+from ..errors import ArgumentError, EngineError, ParetoWarning
+from ..programs import GoodnessPosterior, RewardModel, ScoredCandidates
 from ..rewards import LoRA
 from ._settings import check_positive, check_real
 from ._tangent import Whitening
@@ -21,6 +22,7 @@ from .laplace import Laplace
 from .map import MAP
 from .nuts import NUTS
 from .psis import MIN_DRAWS, k_hat_threshold, pareto_smooth
+from .response_posterior import ResponsePosterior, response_posterior
 from .svi import SVI
 
 
@@ -40,6 +42,10 @@ class ImportanceSampling:
     The target is the posterior of the declared head, also where Laplace's proposal linearises it; of a LoRA reward that
     of its tangent.
 
+    On a `GoodnessPosterior` the draws are the candidates, with their proposal's log-probabilities, and the result is a
+    `ResponsePosterior`. Its weights are smoothed for prompts with at least 25 candidates; a k-hat above the threshold
+    gives a warning, above a given `max_k_hat` an error.
+
     Attributes:
         proposal: The engine whose posterior is corrected, `Laplace` or `SVI`.
         num_samples: Draws of the proposal.
@@ -50,6 +56,9 @@ class ImportanceSampling:
     Raises:
         ArgumentError: A setting is not one of the known values.
         EngineError: When fitting: k-hat is too large, or the proposal cannot be evaluated.
+
+    Warns:
+        ParetoWarning: The importance weights of candidates have too heavy a tail.
 
     Example:
         >>> import bayesrm as brm, numpy as np
@@ -75,8 +84,18 @@ class ImportanceSampling:
             if getattr(self, name) is not None:
                 check_real(name, getattr(self, name))
 
-    def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> DrawsPosterior:
-        """The corrected posterior, see `bayesrm.fit`."""
+    @overload
+    def fit(
+        self, program: GoodnessPosterior, data: ScoredCandidates, *, seed: int, progress: bool
+    ) -> ResponsePosterior: ...
+
+    @overload
+    def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> DrawsPosterior: ...
+
+    def fit(self, program: Any, data: Any, *, seed: int, progress: bool) -> DrawsPosterior | ResponsePosterior:
+        """The corrected posterior, or that of responses, see `bayesrm.fit`."""
+        if isinstance(program, GoodnessPosterior):
+            return self._of_responses(program, data)
         begin = time.perf_counter()
         proposal = self._proposal(program).fit(program, data, seed=seed, progress=progress)
         generator = torch.Generator().manual_seed(seed)
@@ -111,6 +130,30 @@ class ImportanceSampling:
             proposal.program, proposal.schema, report, proposal._expansion, whitening,
             x[kept, :size].contiguous(), x[kept, size:].contiguous(),
         )  # fmt: skip
+
+    def _of_responses(self, program: GoodnessPosterior, data: ScoredCandidates) -> ResponsePosterior:
+        if data.exhaustive:
+            raise EngineError(
+                "the candidates carry no `proposal`, the log-probabilities under the distribution that drew them; "
+                "give it, or use Enumeration() if they are all the responses there are"
+            )
+        posterior = response_posterior(program, data)
+        judged = ~torch.isnan(posterior.k_hat)
+        limits = torch.tensor([k_hat_threshold(max(MIN_DRAWS, n)) for n in data.mask.sum(1).tolist()])
+        if self.max_k_hat is not None:
+            limits = torch.full_like(limits, self.max_k_hat)
+        bad = torch.nonzero(judged & (posterior.k_hat > limits.to(posterior.k_hat)))[:, 0]
+        if not len(bad):
+            return posterior
+        message = (
+            f"the importance weights of {len(bad)} of {len(judged)} prompts have too heavy a tail, the first prompt "
+            f"{int(bad[0])} (k-hat {float(posterior.k_hat[bad[0]]):.2f}): draw more candidates, or draw them from a "
+            "proposal nearer to the posterior"
+        )
+        if self.max_k_hat is not None:
+            raise EngineError(message)
+        warnings.warn(message, ParetoWarning, stacklevel=4)
+        return posterior
 
     def _proposal(self, program: RewardModel) -> Any:
         """The engine to fit, refused before it starts where its posterior could not be corrected."""

@@ -16,7 +16,7 @@ from ..data.groups import FeedbackGroup
 from ..errors import ArgumentError, DataError
 from ..likelihoods.base import outcomes_of
 from ..programs import RewardModel
-from ..rewards import ProjectedHead
+from ..rewards import PairwiseHead, PreferenceBelief, ProjectedHead
 from ..rewards.tangent import TangentFeatures, whole_prompts
 from ._density import FeedbackDensity, _tile
 from ._digest import feedback_digest
@@ -116,6 +116,7 @@ class Posterior(abc.ABC):
             >>> posterior.predict(candidates=[np.eye(3)]).mean.argmax().item()
             0
         """
+        self._refuse_rewards()
         if candidates is None:
             raise ArgumentError(
                 "`candidates` is missing: give a list of responses (or an array of features) for each prompt"
@@ -150,6 +151,40 @@ class Posterior(abc.ABC):
         flat = [response for c in candidates for response in c]
         features = torch.as_tensor(reward.features.extract(flat_prompts, flat, progress=progress)).double()
         return self._belief(self._checked(features), sizes, None)
+
+    def predict_preferences(
+        self,
+        prompts: Sequence[Any] | None = None,
+        candidates: Sequence[Any] | None = None,
+        *,
+        progress: bool = False,
+    ) -> PreferenceBelief:
+        """Joint belief about which of two candidates of each prompt is preferred; what preference games take.
+
+        Of a reward it is the belief about differences of rewards, of a `PairwisePreference` one that may hold cycles.
+
+        Args:
+            prompts: As for `predict`.
+            candidates: As for `predict`.
+            progress: Whether to show progress of feature extraction.
+
+        Raises:
+            ArgumentError: The arguments do not fit together.
+            DataError: A candidate's text is empty or its features are not finite.
+
+        Example:
+            >>> import bayesrm as brm, numpy as np
+            >>> data = brm.Comparisons.from_arrays(np.eye(3), candidates=[[0, 1], [1, 2]], outcome=[0, 0])
+            >>> model = brm.RewardModel(brm.rewards.Linear(), brm.likelihoods.BradleyTerry())
+            >>> brm.fit(model, data).predict_preferences(candidates=[np.eye(3)]).preference_matrix().shape
+            torch.Size([1, 3, 3])
+        """
+        head = self.program.head
+        if not isinstance(head, PairwiseHead):
+            return PreferenceBelief.from_rewards(self.predict(prompts, candidates, progress=progress))
+        pairs = head.candidate_pairs(prompts, candidates, progress=progress)
+        scores = self._belief(torch.cat(pairs), [len(p) for p in pairs], None)
+        return PreferenceBelief.from_scores(scores, [len(c) for c in candidates or ()])
 
     def predict_stream(
         self, prompts: Iterable[tuple[Any, Sequence[Any]]], *, chunk_size: int = 256
@@ -195,6 +230,7 @@ class Posterior(abc.ABC):
 
     def predict_items(self, data: Comparisons) -> RewardBelief:
         """Joint belief about the items of `data`, grouped by prompt; candidates in the order of the items."""
+        self._refuse_rewards()
         order, sizes = _by_prompt(data)
         features, outside = self._encoded(data)
         return self._belief(features[order], sizes, None if outside is None else outside[order])
@@ -219,8 +255,9 @@ class Posterior(abc.ABC):
         num_samples = self._default_draws if num_samples is None else num_samples
         if num_samples < 1:
             raise ArgumentError(f"`num_samples` is {num_samples}; at least 1 draw is needed")
-        order, sizes = _by_prompt(data)
-        features, outside = self._encoded(data)
+        explained = self._explained(data)
+        order, sizes = _by_prompt(explained)
+        features, outside = self._encoded(explained)
         rewards, latents, stats = self._joint_draws(
             features[order], sizes, None if outside is None else outside[order], num_samples, seed
         )
@@ -243,7 +280,16 @@ class Posterior(abc.ABC):
 
     def _density_of(self, data: Comparisons) -> FeedbackDensity:
         """The density of other data, annotators coded as in training."""
-        return FeedbackDensity(self.program, self.schema.check(data.groups(), data.annotators))
+        return FeedbackDensity(self.program, self.schema.check(self._explained(data).groups(), data.annotators))
+
+    def _explained(self, data: Comparisons) -> Comparisons:
+        """The data as the head sees them: of a pairwise preference, comparisons of pairs."""
+        head = self.program.head
+        return head.pairs(data) if isinstance(head, PairwiseHead) else data
+
+    def _refuse_rewards(self) -> None:
+        if isinstance(self.program.head, PairwiseHead):
+            raise ArgumentError("a pairwise preference has no reward of a single response; use `predict_preferences`")
 
     def to_arviz(self, data: Comparisons, *, num_samples: int = 1000, seed: int = 0, predictive: bool = True) -> Any:
         """The posterior on `data` for ArviZ: reward draws and latents, never the weights of a network.
@@ -262,7 +308,7 @@ class Posterior(abc.ABC):
         """
         from ._arviz_export import export
 
-        return export(self, data, num_samples=num_samples, seed=seed, predictive=predictive)
+        return export(self, self._explained(data), num_samples=num_samples, seed=seed, predictive=predictive)
 
     def _encoded(self, data: Comparisons) -> tuple[Tensor, Tensor | None]:
         """Features of the items of `data` and, for a projected head, what lies outside its coordinates."""
@@ -299,6 +345,7 @@ class Posterior(abc.ABC):
         """
         if num_samples < 1:
             raise ArgumentError(f"`num_samples` is {num_samples}; at least 1 point is needed")
+        data = self._explained(data)
         density = self._density_of(data)
         groups = self.schema.check(data.groups(), data.annotators)
         features, outside = self._encoded(data)

@@ -1,6 +1,7 @@
 """Reward functions: heads on frozen features, and the extractor that makes features of texts."""
 
 from ._kernels import Kernel
+from ._preference_belief import PreferenceBelief
 from ._projected import ProjectedHead
 from .features import FeatureExtractor, Pooling, TextInput
 from .gaussian_process import GaussianProcess, KernelHead
@@ -10,6 +11,7 @@ from .linear import Linear
 from .lora import LoRA
 from .lora_network import LoRANetwork
 from .mlp import MLP, Activation
+from .pairwise_preference import PairwiseHead, PairwisePreference
 from .tangent import Tangent, TangentFeatures
 from .text_head import text_head
 
@@ -24,7 +26,10 @@ __all__ = [
     "Linear",
     "LoRA",
     "LoRANetwork",
+    "PairwiseHead",
+    "PairwisePreference",
     "Pooling",
+    "PreferenceBelief",
     "ProjectedHead",
     "Tangent",
     "TangentFeatures",

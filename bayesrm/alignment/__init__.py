@@ -1,0 +1,34 @@
+"""Alignment as inference: targets over responses, projections that move a policy towards them, and trainers.
+
+A `Method` is a target, a projection onto it and a proposal; `align` runs its rounds on a language model.
+"""
+
+from . import games, multi_turn, projections, rollouts, targets
+from ._align import AlignmentReport, align
+from ._generation import GeneratedResponse
+from ._policy_loading import PolicyLoRA
+from ._sequence_log_probs import TokenLogProbs
+from ._tokens import TokenSequences
+from ._weights import Snapshot
+from .method import Method
+from .monitor import Budget, RoundReport
+from .policy import Policy
+
+__all__ = [
+    "AlignmentReport",
+    "Budget",
+    "GeneratedResponse",
+    "Method",
+    "Policy",
+    "PolicyLoRA",
+    "RoundReport",
+    "Snapshot",
+    "TokenLogProbs",
+    "TokenSequences",
+    "align",
+    "games",
+    "multi_turn",
+    "projections",
+    "rollouts",
+    "targets",
+]

@@ -1,0 +1,180 @@
+"""A round's candidates: drawn from the method's proposals, scored, and given their log-probabilities."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..beliefs import RewardBelief
+from ..data.rendering import Content
+from ..engines._processes import Processes
+from ..errors import ArgumentError
+from ..programs import ScoredCandidates
+from ._generation import GeneratedResponse
+from ._round import Round
+from ._scoring import Preferences, Reward, check_preferences, score
+from ._tokens import TokenSequences
+from ._weights import Snapshot
+from .method import Method
+from .policy import Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposer:
+    """Makes rounds; the same weights, prompts and seed make the same round on any number of processes.
+
+    Attributes:
+        policy: The policy.
+        method: What draws the candidates.
+        reward: Beliefs about them.
+        preferences: Preferences between them; by default those that the rewards imply.
+        given: Responses of every prompt that are taken instead of draws.
+        temperature: Of the draws.
+        batch_size: Responses drawn side by side.
+        processes: Among which the prompts are shared out.
+    """
+
+    policy: Policy
+    method: Method
+    reward: Reward
+    preferences: Preferences | None
+    given: Sequence[Sequence[str]] | None
+    temperature: float
+    batch_size: int
+    processes: Processes
+
+    def propose(self, prompts: Sequence[Content], chosen: Sequence[int], anchor: Snapshot | None, seed: int) -> Round:
+        """The round of the prompts at the places `chosen`."""
+        own = range(self.processes.index, len(chosen), self.processes.count)
+        part = self._part([prompts[chosen[i]] for i in own], [chosen[i] for i in own], anchor, seed)
+        if self.processes.count == 1:
+            return part
+        return _joined(_gathered(part), len(chosen))
+
+    def _part(self, prompts: Sequence[Content], chosen: list[int], anchor: Snapshot | None, seed: int) -> Round:
+        n = len(self.given[chosen[0]]) if self.given is not None else self.method.num_candidates
+        if self.given is not None:
+            flat = [response for row in chosen for response in self.given[row]]
+            sequences = self.policy.encode([p for p in prompts for _ in range(n)], flat, on_long="shorten")
+            texts = [list(self.given[row]) for row in chosen]
+            proposal = None
+        else:
+            sequences, texts, proposal = self._drawn(prompts, chosen, anchor, seed)
+
+        def shaped(values: Tensor) -> Tensor:
+            return values.detach().float().cpu().reshape(len(chosen), n, *values.shape[1:])
+
+        with torch.no_grad():
+            now = shaped(self.policy.log_probs(sequences))
+            with self.policy.using(self.policy.reference):
+                reference = shaped(self.policy.log_probs(sequences))
+            log_anchor, values = now.clone(), None
+            if anchor is not None or self.method.needs_tokens:
+                with self.policy.using(self.policy.snapshot() if anchor is None else anchor):
+                    tokens = self.policy.token_log_probs(sequences)
+                log_anchor = shaped(tokens.sums())
+                values = shaped(tokens.log_normalisers) if self.method.needs_tokens else None
+        candidates = ScoredCandidates(
+            score(self.reward, prompts, texts),
+            reference=reference,
+            # Responses that are given count as draws of the reference policy.
+            proposal=reference.clone() if proposal is None else proposal,
+            anchor=log_anchor,
+            preferences=None if self.preferences is None else check_preferences(self.preferences, prompts, texts),
+            sources=("given",) * n if self.given is not None else self.method.sources,
+        )
+        return Round(torch.tensor(chosen), sequences, texts, candidates, now, values)
+
+    def _drawn(
+        self, prompts: Sequence[Content], chosen: list[int], anchor: Snapshot | None, seed: int
+    ) -> tuple[TokenSequences, list[list[str]], Tensor]:
+        sources = self.method.sources
+        drawn: dict[str, list[list[GeneratedResponse]]] = {}
+        for number, source in enumerate(sorted(set(sources))):
+            seeds = [int(np.random.SeedSequence([seed, number, row]).generate_state(1)[0]) for row in chosen]
+            drawn[source] = self._from(source, prompts, sources.count(source), seeds, anchor)
+        ordered = _ordered(drawn, sources)
+        proposal = torch.tensor([[response.log_prob for response in group] for group in ordered])
+        return self.policy.sequences(ordered), [[r.text for r in group] for group in ordered], proposal
+
+    def _from(
+        self, source: str, prompts: Sequence[Content], count: int, seeds: list[int], anchor: Snapshot | None
+    ) -> list[list[GeneratedResponse]]:
+        settings: dict[str, Any] = {
+            "seed": seeds, "temperature": self.temperature, "batch_size": self.batch_size
+        }  # fmt: skip
+        if source == "mixture":
+            settings["mixture"] = (self.policy.reference, self.method.mixture_weight)
+        other = {"reference": self.policy.reference, "anchor": anchor}.get(source)
+        if other is None:
+            return self.policy.generate(prompts, count, **settings)
+        with self.policy.using(other):
+            return self.policy.generate(prompts, count, **settings)
+
+
+def _ordered(
+    drawn: Mapping[str, list[list[GeneratedResponse]]], sources: tuple[str, ...]
+) -> list[list[GeneratedResponse]]:
+    """The draws of each prompt in the order of `sources`."""
+    groups = []
+    for prompt in range(len(next(iter(drawn.values())))):
+        waiting = {source: iter(groups_of[prompt]) for source, groups_of in drawn.items()}
+        groups.append([next(waiting[source]) for source in sources])
+    return groups
+
+
+def _gathered(part: Round) -> list[Round]:
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, part)
+    return found
+
+
+def _joined(parts: list[Round], count: int) -> Round:
+    """The parts of all processes, which hold every so-manieth prompt each, as one round."""
+    starts = np.cumsum([0, *(len(part.prompts) for part in parts)])
+    places = [int(starts[i % len(parts)]) + i // len(parts) for i in range(count)]
+
+    def joined(tensors: Sequence[Tensor | None]) -> Any:
+        found = [tensor for tensor in tensors if tensor is not None]
+        if len(found) < len(tensors):
+            return None
+        longest = max(tensor.shape[-1] for tensor in found)
+        return torch.cat([torch.nn.functional.pad(tensor, (0, longest - tensor.shape[-1])) for tensor in found])
+
+    candidates = ScoredCandidates(
+        RewardBelief.concatenate([part.candidates.belief for part in parts]),
+        sources=parts[0].candidates.sources,
+        **{
+            name: joined([getattr(part.candidates, name) for part in parts])
+            for name in ("reference", "proposal", "anchor", "preferences")
+        },
+    ).select(torch.tensor(places))
+    policy, values = joined([part.policy for part in parts]), joined([part.target_values for part in parts])
+    n, texts = parts[0].num_candidates, [texts for part in parts for texts in part.texts]
+    s = [part.sequences for part in parts]
+    columns = [sum((getattr(x, name) for x in s), ()) for name in ("prompts", "responses", "ended")]
+    return Round(
+        prompts=torch.cat([part.prompts for part in parts])[places],
+        sequences=TokenSequences(*columns)[[place * n + i for place in places for i in range(n)]],
+        texts=[texts[place] for place in places],
+        candidates=candidates,
+        policy=policy[places],
+        target_values=None if values is None else values[places],
+    )
+
+
+def check_given(given: Sequence[Sequence[str]], prompts: Sequence[Content], method: Method) -> None:
+    """Raises `ArgumentError` unless every prompt has as many given responses as the method takes."""
+    if len(given) != len(prompts):
+        raise ArgumentError(f"`candidates` has {len(given)} entries for {len(prompts)} prompts; give one for each")
+    for row, responses in enumerate(given):
+        if len(responses) != method.num_candidates:
+            raise ArgumentError(
+                f"`candidates`[{row}] holds {len(responses)} responses; the method takes {method.num_candidates} for "
+                "each prompt (`num_candidates`)"
+            )
+        if not all(isinstance(response, str) for response in responses):
+            raise ArgumentError(f"`candidates`[{row}] holds a response that is no text")

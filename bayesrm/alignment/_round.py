@@ -1,0 +1,124 @@
+"""The candidates of one round of alignment with all that is fixed about them, in memory and on disk."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..beliefs import RewardBelief
+from ..errors import PersistenceError
+from ..programs import ScoredCandidates
+from ._tokens import TokenSequences
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Round:
+    """B prompts with n candidates each.
+
+    Attributes:
+        prompts: Which of the run's prompts these are, shape `(B,)`.
+        sequences: Token ids of all B n candidates, those of the first prompt first.
+        texts: The responses, for each prompt.
+        candidates: Beliefs and log-probabilities.
+        policy: log-probabilities under the policy when the round began, shape `(B, n)`.
+        target_values: The anchor's log-normalisers at each token, shape `(B, n, T)`, for path consistency.
+    """
+
+    prompts: Tensor
+    sequences: TokenSequences
+    texts: list[list[str]]
+    candidates: ScoredCandidates
+    policy: Tensor
+    target_values: Tensor | None = None
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates of each prompt, n."""
+        return int(self.policy.shape[1])
+
+    def sequences_of(self, prompts: Sequence[int]) -> TokenSequences:
+        """Token ids of the candidates of some prompts, by their places in the round."""
+        n = self.num_candidates
+        return self.sequences[[prompt * n + candidate for prompt in prompts for candidate in range(n)]]
+
+    def save(self, file: Path) -> None:
+        """Writes the round; a file that exists is whole.
+
+        Raises:
+            PersistenceError: The file cannot be written.
+        """
+        s, c = self.sequences, self.candidates
+        tensors = {
+            "prompts": self.prompts,
+            "prompt_tokens": _flat(s.prompts),
+            "prompt_lengths": _lengths(s.prompts),
+            "response_tokens": _flat(s.responses),
+            "response_lengths": _lengths(s.responses),
+            "ended": torch.tensor(s.ended),
+            "policy": self.policy,
+            "reference": c.reference,
+            "mean": c.belief.mean,
+            "root": c.belief.root,
+        }
+        optional = {
+            "draws": c.belief.draws, "proposal": c.proposal, "anchor": c.anchor, "preferences": c.preferences,
+            "target_values": self.target_values,
+        }  # fmt: skip
+        tensors |= {name: value for name, value in optional.items() if value is not None}
+        metadata = {"texts": json.dumps(self.texts), "sources": json.dumps(c.sources)}
+        partial = file.with_name(file.name + ".partial")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
+            os.replace(partial, file)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise PersistenceError(f"{file} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, file: Path) -> "Round":
+        """Reads what `save` wrote.
+
+        Raises:
+            PersistenceError: The file cannot be read.
+        """
+        try:
+            with safetensors.safe_open(file, "pt") as stored:
+                metadata = stored.metadata()
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+            texts, sources = json.loads(metadata["texts"]), json.loads(metadata["sources"])
+        except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise PersistenceError(f"{file} cannot be read: {error}; remove it to draw its round again") from error
+        draws = tensors.get("draws")
+        belief = RewardBelief(tensors["mean"], tensors["root"]) if draws is None else RewardBelief.from_draws(draws)
+        candidates = ScoredCandidates(
+            belief, tensors["reference"], tensors.get("proposal"), tensors.get("anchor"), tensors.get("preferences"),
+            None if sources is None else tuple(sources),
+        )  # fmt: skip
+        sequences = TokenSequences(
+            _ragged(tensors["prompt_tokens"], tensors["prompt_lengths"]),
+            _ragged(tensors["response_tokens"], tensors["response_lengths"]),
+            tuple(tensors["ended"].tolist()),
+        )
+        return cls(
+            tensors["prompts"], sequences, texts, candidates, tensors["policy"], tensors.get("target_values")
+        )  # fmt: skip
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+
+
+def _lengths(rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([len(row) for row in rows], dtype=torch.int64)
+
+
+def _ragged(flat: Tensor, lengths: Tensor) -> tuple[tuple[int, ...], ...]:
+    parts: list[Any] = list(flat.split(lengths.tolist()))
+    return tuple(tuple(part.tolist()) for part in parts)

@@ -1,0 +1,90 @@
+"""What is believed about the responses that a policy drew."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..beliefs import RewardBelief
+from ..errors import ArgumentError
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """Whatever predicts rewards of texts as a `Posterior` does."""
+
+    def predict(self, prompts: Sequence[Any], candidates: Sequence[Any]) -> RewardBelief:
+        """Joint belief about the candidates of each prompt."""
+        ...
+
+
+#: A posterior over rewards, or a function with the arguments of its `predict`.
+Reward: TypeAlias = Predicts | Callable[[Sequence[Any], Sequence[Any]], RewardBelief]
+
+#: From prompts and their candidates to P(i preferred to j), shape `(B, n, n)`.
+Preferences: TypeAlias = Callable[[Sequence[Any], Sequence[Any]], Tensor]
+
+
+def score(reward: Reward, prompts: Sequence[Any], candidates: Sequence[Sequence[str]]) -> RewardBelief:
+    """Joint belief about the candidates of each prompt, as many for each, shape `(B, n)`.
+
+    A response that was drawn twice is read once. Nothing can be believed of a response without words: it counts as the
+    response of its prompt with the lowest mean, and as 0 where no response has words.
+
+    Raises:
+        ArgumentError: `reward` returned a belief about other candidates.
+    """
+    predict = reward.predict if isinstance(reward, Predicts) else reward
+    distinct = [list(dict.fromkeys(text for text in texts if text.strip())) for texts in candidates]
+    asked = [row for row, texts in enumerate(distinct) if texts]
+    count = len(candidates[0])
+    if not asked:
+        return RewardBelief(torch.zeros(len(candidates), count), torch.zeros(len(candidates), count, 1))
+    belief = predict([prompts[row] for row in asked], [distinct[row] for row in asked])
+    most = max(len(distinct[row]) for row in asked)
+    if belief.mean.shape != (len(asked), most):
+        raise ArgumentError(
+            f"`reward` returned a belief about {tuple(belief.mean.shape)} candidates; it was asked about "
+            f"{(len(asked), most)}"
+        )
+    belief = belief.to("cpu")
+    lowest = belief.mean.masked_fill(~belief.valid, torch.inf).argmin(1)
+    places = torch.zeros(len(candidates), count, dtype=torch.int64)
+    for row, of_prompt in zip(asked, range(len(asked)), strict=True):
+        place = {text: i for i, text in enumerate(distinct[row])}
+        places[row] = torch.tensor([place.get(text, int(lowest[of_prompt])) for text in candidates[row]])
+    return _placed(belief, torch.tensor(asked), places)
+
+
+def _placed(belief: RewardBelief, rows: Tensor, places: Tensor) -> RewardBelief:
+    """The belief with candidates repeated as `places` says, for the prompts `rows`; zeros for the others."""
+    index = places[rows]
+    mean = belief.mean.new_zeros(places.shape)
+    mean[rows] = belief.mean.gather(1, index)
+    if belief.draws is not None:
+        draws = belief.draws.new_zeros(len(belief.draws), *places.shape)
+        draws[:, rows] = belief.draws.gather(2, index.expand(len(belief.draws), -1, -1))
+        return RewardBelief.from_draws(draws)
+    rank = belief.root.shape[2]
+    root = belief.root.new_zeros(*places.shape, rank)
+    root[rows] = belief.root.gather(1, index[..., None].expand(-1, -1, rank))
+    return RewardBelief(mean, root)
+
+
+def check_preferences(
+    preferences: Preferences, prompts: Sequence[Any], candidates: Sequence[Sequence[str]]
+) -> Float[Tensor, "prompts candidates candidates"]:
+    """P(i preferred to j) of each prompt's candidates.
+
+    Raises:
+        ArgumentError: `preferences` returned another shape.
+    """
+    matrix = preferences(prompts, candidates).detach().cpu()
+    count = len(candidates[0])
+    if tuple(matrix.shape) != (len(prompts), count, count):
+        raise ArgumentError(
+            f"`preferences` returned shape {tuple(matrix.shape)}; it returns {(len(prompts), count, count)}"
+        )
+    return matrix

@@ -1,0 +1,93 @@
+"""The arguments POLICY and PROMPTS: a language model with its flags, and a file of prompts."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jsonargparse import Namespace
+
+from ..alignment import Policy, PolicyLoRA
+from ..data._fields import present
+from ..data._prompts import split_prompt
+from ..data.base import read_batches
+from ..data.formats import PROMPT
+from ..errors import DataError
+from . import _parser
+from ._candidates import parse_candidates, read_rows
+
+_NOT_FLAGS = ("path", "lora", "seed", "trust_remote_code")
+
+
+def add_policy(parser: Any, *, trainable: bool) -> None:
+    """Adds POLICY and the flags `--policy.*`; with `trainable`, those of new adapters too."""
+    parser.add_argument("policy_source", metavar="POLICY", help="folder or hub id of a causal language model")
+    _parser.add_flags(parser, Policy.from_pretrained, "policy", "flags of the policy", skip=_NOT_FLAGS)
+    if trainable:
+        for field in dataclasses.fields(PolicyLoRA):
+            if field.name in ("rank", "alpha", "dropout"):
+                parser.add_argument(
+                    f"--lora-{field.name}", type=int if field.name == "rank" else float,
+                    help=f"{field.name} of new adapters; without --lora-rank the whole model is trained",
+                )  # fmt: skip
+
+
+def load_policy(settings: Namespace) -> Policy:
+    """The policy that the command line names.
+
+    Raises:
+        ArgumentError: It cannot be loaded.
+    """
+    given = {name: settings.get(f"lora_{name}") for name in ("rank", "alpha", "dropout")}
+    lora = None
+    if given["rank"] is not None:
+        lora = PolicyLoRA(**{name: value for name, value in given.items() if value is not None})
+    return Policy.from_pretrained(
+        settings.policy_source, lora=lora, seed=settings.seed, **settings.policy.as_dict()
+    )  # fmt: skip
+
+
+def read_prompts(source: str, *, on_bad_row: str = "raise") -> tuple[list[Any], list[tuple[int, str]]]:
+    """The prompts of a file with a column `prompt`, each once, and index and reason of each row left out.
+
+    Raises:
+        DataError: The file or a row cannot be used; the message names them.
+    """
+    _, found, refused = read_rows(source, _batches(source, "prompt"), _parse_prompt, on_bad_row)
+    distinct: list[Any] = []
+    seen = set()
+    for prompt in found:
+        key = repr(prompt)
+        if key not in seen:
+            seen.add(key)
+            distinct.append(prompt)
+    return distinct, refused
+
+
+def read_proposals(
+    source: str, *, on_bad_row: str = "raise"
+) -> tuple[list[Any], list[list[Any]], list[tuple[int, str]]]:
+    """Prompts with given responses, columns `prompt` and `responses`, and index and reason of each row left out.
+
+    Raises:
+        DataError: The file or a row cannot be used; the message names them.
+    """
+    _, found, refused = read_rows(source, _batches(source, "responses"), parse_candidates, on_bad_row)
+    return [prompt for prompt, _ in found], [responses for _, responses in found], refused
+
+
+def _batches(source: str, needed: str) -> Iterator[Any]:
+    for batch in read_batches(source):
+        named = set().union(*batch.rows)
+        if batch.start == 0 and not (named & set(PROMPT) and (needed == "prompt" or needed in named)):
+            raise DataError(
+                f"the columns {sorted(named)} hold no prompts"
+                + (" with responses" if needed == "responses" else "")
+                + f"; accepted are `prompt`{' and `responses` (a list)' if needed == 'responses' else ''}",
+                source=batch.source,
+            )
+        yield batch
+
+
+def _parse_prompt(row: Mapping[str, Any]) -> Iterator[Any]:
+    prompt, _ = split_prompt(row[present(row, *PROMPT)], ["-"], ["`prompt`"])
+    yield prompt.decode()

@@ -1,0 +1,116 @@
+"""`bayesrm align`: moves a policy towards the target of a method, with the reward of a saved posterior."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from ..alignment import Budget, Method, align
+from ..alignment.monitor import RoundReport
+from ..engines import training_settings
+from ..errors import ArgumentError
+from . import _parser, _shipped
+from ._console import Console
+from ._policy import add_policy, load_policy, read_prompts, read_proposals
+from ._runs import add_run, load_run
+
+_KIND = "inference/alignment"
+_SWITCHES = ("--json", "--given", "-h", "--help")
+_NOT_TRAINING = ("latent_learning_rate", "max_steps", "output_dir", "keep_rows")
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The settings of the command; the method named in it decides which flags there are."""
+    method = (*_parser.positionals(arguments, _SWITCHES)[:1], None)[0]
+    parser = _parser.make_parser(
+        "align",
+        "Aligns a policy. The same command goes on where an interrupted run stopped. With METHOD, --help shows its "
+        "flags.",
+    )
+    names = ", ".join(_shipped.names(_KIND))
+    parser.add_argument("method_name", metavar="METHOD", help=f"one of {names}, or a path to a .py file with `build`")
+    add_policy(parser, trainable=True)
+    add_run(parser)
+    parser.add_argument("prompts", metavar="PROMPTS", help="file with the column `prompt`")
+    parser.add_argument(
+        "--given", action="store_true", help="learn from the column `responses` of PROMPTS instead of drawing"
+    )
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of propose, score, weigh and project")
+    parser.add_argument("--prompts-per-round", type=int, help="prompts of a round; all by default")
+    parser.add_argument("--temperature", type=float, default=1.0, help="temperature at which candidates are drawn")
+    parser.add_argument("--generation-batch", type=int, default=64, help="responses drawn side by side")
+    parser.add_argument("--max-kl", type=float, help="stop when KL(policy || reference) exceeds it, in nats")
+    parser.add_argument(
+        "--max-reward-std", type=float, help="stop when the policy's rewards are believed less well than this"
+    )
+    parser.add_argument("--seed", type=_parser.Seed, default=0, help="seed of everything random in the run")
+    parser.add_argument("--on-bad-row", choices=("raise", "skip"), default="raise", help="what to do with a bad row")
+    parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder of the run and its policy")
+    _parser.add_flags(parser, training_settings, "training", "flags of the optimiser", skip=_NOT_TRAINING)
+    parser.set_defaults({"training.epochs": 1.0, "training.batch_size": 4})
+    build = _parser.load_build(_KIND, method)
+    if build is not None:
+        _parser.add_flags(parser, build, "method", _parser.heading("method", method, build))
+    settings = _parser.parse(parser, arguments)
+    settings.build = build
+    return settings
+
+
+def run(settings: Namespace, console: Console) -> None:
+    """Aligns and saves."""
+    target = Path(settings.output)
+    if target.exists() and not target.is_dir():
+        raise ArgumentError(f"`--output` {target} is a file; give the name of a folder")
+    method: Method = _parser.built(
+        settings.build, settings.get("method"), settings.method_name, "a bayesrm.alignment.Method", Method
+    )
+    candidates = None
+    if settings.given:
+        prompts, candidates, refused = read_proposals(settings.prompts, on_bad_row=settings.on_bad_row)
+    else:
+        prompts, refused = read_prompts(settings.prompts, on_bad_row=settings.on_bad_row)
+    posterior = load_run(settings)
+    policy = load_policy(settings)
+    if refused:
+        console.say(f"{len(refused)} rows refused; the first is row {refused[0][0]}: {refused[0][1]}")
+    report = align(
+        policy, posterior, prompts, method=method, rounds=settings.rounds,
+        prompts_per_round=settings.prompts_per_round, candidates=candidates, temperature=settings.temperature,
+        generation_batch=settings.generation_batch, budget=Budget(settings.max_kl, settings.max_reward_std),
+        training=training_settings(**settings.training.as_dict(), output_dir=str(target)), seed=settings.seed,
+        progress=True,
+    )  # fmt: skip
+    policy.save_pretrained(target / "policy")
+    console.say(_table(report.rounds))
+    if report.stopped is not None:
+        console.say(f"stopped after {report.steps} steps: {report.stopped}")
+    console.say(f"policy saved to {target / 'policy'}")
+    console.result(
+        {
+            "command": "align",
+            "method": settings.method_name,
+            "policy": str(target / "policy"),
+            "steps": report.steps,
+            "stopped": report.stopped,
+            "resumed_from": report.resumed_from,
+            "rounds": [dataclasses.asdict(r) for r in report.rounds],
+            "refused": [{"row": row, "reason": reason} for row, reason in refused],
+        }
+    )
+
+
+def _table(rounds: Sequence[RoundReport]) -> str:
+    """A line for each round."""
+    columns: dict[str, Any] = {
+        "round": lambda r: f"{r.round}",
+        "reward": lambda r: f"{r.reward:+.3f}",
+        "std": lambda r: f"{r.reward_std:.3f}",
+        "KL": lambda r: f"{r.kl_to_reference:.3f}",
+        "ESS": lambda r: f"{r.target_ess:.1f}",
+        "length": lambda r: f"{r.length:.1f}",
+    }
+    lines = ["  ".join(f"{name:>7}" for name in columns)]
+    lines += ["  ".join(f"{show(r):>7}" for show in columns.values()) for r in rounds]
+    return "\n".join(lines)
