@@ -34,7 +34,7 @@ class Size:
 
     pairs: int = 2000
     demonstrations: int = 4000
-    steps: int = 400
+    steps: int = 250
     batch_size: int = 16
     held_out: int = 64
     draws: int = 8

@@ -3,7 +3,7 @@
 A `Method` is a target, a projection onto it and a proposal; `align` runs its rounds on a language model.
 """
 
-from . import games, multi_turn, projections, rollouts, targets
+from . import games, multi_turn, projections, rollouts, targets, utilities
 from ._align import AlignmentReport, align
 from ._generation import GeneratedResponse
 from ._policy_loading import PolicyLoRA
@@ -31,4 +31,5 @@ __all__ = [
     "projections",
     "rollouts",
     "targets",
+    "utilities",
 ]

@@ -161,7 +161,7 @@ def _threshold(utility: Tensor, among: Tensor, b: float) -> Tensor:
     place = torch.arange(1, ordered.shape[1] + 1, device=utility.device)
     sums = ordered.masked_fill(place > count, 0.0).cumsum(1)
     # With the m largest above it, t = (their sum - count * b) / m; m is the last for which that holds.
-    solution = (sums - count * b) / place
+    solution = (sums - count.to(sums) * b) / place
     active = ((ordered > solution) & (place <= count)).sum(1, keepdim=True).clamp_min(1)
     return solution.gather(1, active - 1)
 
