@@ -13,6 +13,7 @@ from ._weights import Snapshot
 from .method import Method
 from .monitor import Budget, RoundReport
 from .policy import Policy
+from .turn_reward import TurnReward
 
 __all__ = [
     "AlignmentReport",
@@ -25,6 +26,7 @@ __all__ = [
     "Snapshot",
     "TokenLogProbs",
     "TokenSequences",
+    "TurnReward",
     "align",
     "games",
     "multi_turn",

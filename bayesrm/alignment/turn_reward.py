@@ -1,0 +1,108 @@
+"""The value of a reply in a conversation that goes on, as a reward for `align` (Shani et al., MTPO, 2405.14655)."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import xxhash
+
+from ..beliefs import RewardBelief
+from ..errors import ArgumentError
+from ._scoring import Preferences
+from .policy import Policy
+from .rollouts import Environment, Message, rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnReward:
+    """Q(history, reply): how often the conversation that a reply leads to is preferred to one of the policy's own.
+
+    Every reply is answered by the environment and the conversation finished by the policy as it is now; as many
+    opponents are drawn from the same start. The mean preference of the finished conversation over the opponents is an
+    unbiased estimate of Q of the policy against itself. With the method of `inference/alignment/mtpo.py`, a
+    `targets.MirrorDescent(payoff="reward")`, and histories as prompts, `align` is MTPO.
+
+    The belief that it returns has the estimate as mean and no variance; replies of one history share their opponents.
+
+    Attributes:
+        policy: The policy that is aligned.
+        environment: The other party.
+        preferences: P(conversation i preferred to j), from starts and lists of message lists after them; for instance
+            `lambda starts, ends: posterior.predict_preferences(starts, ends).preference_matrix()`.
+        max_turns: Most replies of a conversation.
+        num_opponents: Conversations that each start is compared with.
+        num_continuations: Times that the conversation after a reply is finished.
+        temperature: Of the draws.
+        seed: Seed of the draws; each history has its own, whatever else is asked.
+
+    Raises:
+        ArgumentError: A number is not positive; or, when called, a history does not begin with the user.
+    """
+
+    policy: Policy
+    environment: Environment
+    preferences: Preferences
+    max_turns: int = 2
+    num_opponents: int = 4
+    num_continuations: int = 1
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_turns", "num_opponents", "num_continuations"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"`{name}` is {value!r}; it is a positive whole number")
+
+    def __call__(self, prompts: Sequence[Any], candidates: Sequence[Sequence[str]]) -> RewardBelief:
+        """Values of the replies `candidates` to the histories `prompts`, shape `(B, most candidates)`."""
+        most = max(map(len, candidates))
+        mean = torch.zeros(len(prompts), most)
+        mask = torch.zeros(len(prompts), most, dtype=torch.bool)
+        for row, (prompt, replies) in enumerate(zip(prompts, candidates, strict=True)):
+            history = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            start = 1 + next((i for i, m in enumerate(history) if m["role"] == "user"), len(history))
+            if start > len(history) or history[-1]["role"] != "user":
+                raise ArgumentError(f"history {row} must hold a message of the user and end with one")
+            mean[row, : len(replies)] = self._values(history, start, replies)
+            mask[row, : len(replies)] = True
+        return RewardBelief(mean, torch.zeros(len(prompts), most, 1), mask)
+
+    def _values(self, history: list[Message], start: int, replies: Sequence[str]) -> torch.Tensor:
+        (opponents,) = rollouts(
+            [history[:start]], self._respond(0), self.environment, num_rollouts=self.num_opponents,
+            max_turns=self.max_turns,
+        )  # fmt: skip
+        talks = [self._finished(history, reply, n) for reply in replies for n in range(self.num_continuations)]
+        ends = [*(talk[start:] for talk in talks), *(talk.turns for talk in opponents)]
+        matrix = self.preferences([history[:start]], [ends])[0]
+        wins = matrix[: len(talks), len(talks) :].mean(1)
+        return wins.reshape(len(replies), self.num_continuations).mean(1).to(torch.float32)
+
+    def _finished(self, history: list[Message], reply: str, number: int) -> list[Message]:
+        """The conversation after a reply, finished by environment and policy."""
+        talk: list[Message] = [*history, {"role": "assistant", "content": reply}]
+        left = self.max_turns - sum(message["role"] == "assistant" for message in talk)
+        answer = self.environment(list(talk))
+        if answer is None or left < 1:
+            return talk
+        talk = [*talk, {"role": "user", "content": answer}]
+        ((rest,),) = rollouts(
+            [talk], self._respond(1 + number), self.environment, num_rollouts=1, max_turns=left
+        )  # fmt: skip
+        return list(rest.messages)
+
+    def _respond(self, number: int) -> Any:
+        """Draws a reply to each of several conversations; equal ones by turns, so that they differ."""
+
+        def respond(conversations: list[list[Message]]) -> list[str]:
+            seeds, seen = [], dict[str, int]()
+            for conversation in conversations:
+                text = repr([(m["role"], m["content"]) for m in conversation])
+                seen[text] = seen.get(text, 0) + 1
+                seeds.append(xxhash.xxh3_64_intdigest(f"{self.seed} {number} {seen[text]} {text}".encode()) >> 33)
+            drawn = self.policy.generate(conversations, 1, seed=seeds, temperature=self.temperature)
+            return [group[0].text for group in drawn]
+
+        return respond
