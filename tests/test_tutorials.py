@@ -32,6 +32,13 @@ SHOWN = {
         "12 pairs; left out 4 (4 uncertain)",
     ],
     "best_of_n_without_reward_hacking": ["best: VariancePenalty", "variance penalty over mean at n = 128: 4."],
+    "brain_with_an_uncertain_reward": [
+        "bold 1.000 1.291 0.050 0.087 0.160 0.045 0.041",
+        "refused: the importance weights of 1 of 1 prompts",
+        "stopped: KL(policy || reference) is",
+        "resumed from checkpoint-6 and finished at step 12",
+        "the run that was not killed: 0.0",
+    ],
     "can_i_trust_this_posterior": [
         "no sign of trouble",
         "chains disagree; run them longer",

@@ -71,12 +71,16 @@ class Proposer:
             now = shaped(self.policy.log_probs(sequences))
             with self.policy.using(self.policy.reference):
                 reference = shaped(self.policy.log_probs(sequences))
-            log_anchor, values = now.clone(), None
+            log_anchor, along = now.clone(), dict[str, Tensor]()
             if anchor is not None or self.method.needs_tokens:
                 with self.policy.using(self.policy.snapshot() if anchor is None else anchor):
                     tokens = self.policy.token_log_probs(sequences)
                 log_anchor = shaped(tokens.sums())
-                values = shaped(tokens.log_normalisers) if self.method.needs_tokens else None
+                if self.method.needs_tokens:
+                    along = {
+                        "target_values": shaped(tokens.log_normalisers),
+                        "target_log_probs": shaped(tokens.log_probs),
+                    }
         candidates = ScoredCandidates(
             score(self.reward, prompts, texts),
             reference=reference,
@@ -86,7 +90,7 @@ class Proposer:
             preferences=None if self.preferences is None else check_preferences(self.preferences, prompts, texts),
             sources=("given",) * n if self.given is not None else self.method.sources,
         )
-        return Round(torch.tensor(chosen), sequences, texts, candidates, now, values)
+        return Round(torch.tensor(chosen), sequences, texts, candidates, now, **along)
 
     def _drawn(
         self, prompts: Sequence[Content], chosen: list[int], anchor: Snapshot | None, seed: int
@@ -152,7 +156,10 @@ def _joined(parts: list[Round], count: int) -> Round:
             for name in ("reference", "proposal", "anchor", "preferences")
         },
     ).select(torch.tensor(places))
-    policy, values = joined([part.policy for part in parts]), joined([part.target_values for part in parts])
+    along: dict[str, Any] = {}
+    for name in ("policy", "target_values", "target_log_probs"):
+        tensor = joined([getattr(part, name) for part in parts])
+        along[name] = None if tensor is None else tensor[places]
     n, texts = parts[0].num_candidates, [texts for part in parts for texts in part.texts]
     s = [part.sequences for part in parts]
     columns = [sum((getattr(x, name) for x in s), ()) for name in ("prompts", "responses", "ended")]
@@ -161,8 +168,7 @@ def _joined(parts: list[Round], count: int) -> Round:
         sequences=TokenSequences(*columns)[[place * n + i for place in places for i in range(n)]],
         texts=[texts[place] for place in places],
         candidates=candidates,
-        policy=policy[places],
-        target_values=None if values is None else values[places],
+        **along,
     )
 
 

@@ -29,6 +29,7 @@ class Round:
         candidates: Beliefs and log-probabilities.
         policy: log-probabilities under the policy when the round began, shape `(B, n)`.
         target_values: The anchor's log-normalisers at each token, shape `(B, n, T)`, for path consistency.
+        target_log_probs: The anchor's log-probabilities of each token, for the same.
     """
 
     prompts: Tensor
@@ -37,6 +38,7 @@ class Round:
     candidates: ScoredCandidates
     policy: Tensor
     target_values: Tensor | None = None
+    target_log_probs: Tensor | None = None
 
     @property
     def num_candidates(self) -> int:
@@ -69,7 +71,7 @@ class Round:
         }
         optional = {
             "draws": c.belief.draws, "proposal": c.proposal, "anchor": c.anchor, "preferences": c.preferences,
-            "target_values": self.target_values,
+            "target_values": self.target_values, "target_log_probs": self.target_log_probs,
         }  # fmt: skip
         tensors |= {name: value for name, value in optional.items() if value is not None}
         metadata = {"texts": json.dumps(self.texts), "sources": json.dumps(c.sources)}
@@ -107,7 +109,8 @@ class Round:
             tuple(tensors["ended"].tolist()),
         )
         return cls(
-            tensors["prompts"], sequences, texts, candidates, tensors["policy"], tensors.get("target_values")
+            tensors["prompts"], sequences, texts, candidates, tensors["policy"], tensors.get("target_values"),
+            tensors.get("target_log_probs"),
         )  # fmt: skip
 
 

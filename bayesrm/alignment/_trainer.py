@@ -98,12 +98,14 @@ class ProjectionLoss(torch.nn.Module):
         sequences, shape = found.sequences_of(rows.tolist()), (len(rows), found.num_candidates)
         if self._method.needs_tokens:
             assert found.target_values is not None
+            assert found.target_log_probs is not None
             tokens = self._policy.token_log_probs(sequences)
-            length = tokens.log_probs.shape[1]
-            values = found.target_values[rows, :, :length].to(tokens.log_probs)
+            along = (*shape, tokens.log_probs.shape[1])
+            fixed = [t[rows, :, : along[2]].to(tokens.log_probs) for t in (found.target_values, found.target_log_probs)]
             policy: Any = TokenPaths(
-                tokens.log_probs.reshape(*shape, length), values, tokens.mask.reshape(*shape, length)
-            )
+                tokens.log_probs.reshape(along), fixed[0], tokens.mask.reshape(along),
+                tokens.log_normalisers.reshape(along), fixed[1],
+            )  # fmt: skip
         else:
             policy = self._policy.log_probs(sequences).reshape(shape)
         losses = self._method.loss(policy, posterior)

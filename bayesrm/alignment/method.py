@@ -81,8 +81,12 @@ class Method:
         return isinstance(self.projection, PathConsistency)
 
     def weigh(self, candidates: ScoredCandidates) -> ResponsePosterior:
-        """The target on these candidates."""
-        return response_posterior(self.target, candidates)
+        """The target on these candidates.
+
+        Its weights are not smoothed: the policy's are not, and smoothing one side alone would move the minimum of a
+        self-normalised projection away from the target.
+        """
+        return response_posterior(self.target, candidates, smooth=False)
 
     def loss(
         self, policy: Float[Tensor, "prompts candidates"] | TokenPaths, posterior: ResponsePosterior

@@ -44,11 +44,12 @@ class ExponentialTilt:
     """p(G = 1) proportional to `exp(r / temperature)`: being good is rare, so that no reward is ever enough.
 
     The posterior of responses is then `p0(y | x) exp(r / temperature) / Z`, the optimum of RLHF with that KL
-    coefficient (Pandey et al., BRAIn, 2402.02479). The probability is measured from the largest reward among the
-    candidates, where it is 1; the choice cancels in the posterior.
+    coefficient (Pandey et al., BRAIn, 2402.02479). The probability is 1 at the largest reward; which that is cancels in
+    the posterior, but not in soft Q-learning, whose values are those of one reward on every set of candidates.
 
     Attributes:
         temperature: In units of reward; BRAIn's beta.
+        maximum: The largest reward; by default that of the candidates at hand.
 
     Raises:
         ArgumentError: `temperature` is not positive.
@@ -59,9 +60,12 @@ class ExponentialTilt:
     """
 
     temperature: float = 1.0
+    maximum: float | None = None
 
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
+        if self.maximum is not None and not math.isfinite(self.maximum):
+            raise ArgumentError(f"`maximum` is {self.maximum}; it is a finite number, in units of reward")
 
     def log_prob(self, rewards: Float[Tensor, "*shape"], offset: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Log p(G = 1)."""
@@ -77,6 +81,8 @@ class ExponentialTilt:
         self, utility: Float[Tensor, "prompts candidates"], log_weights: Float[Tensor, "prompts candidates"]
     ) -> Float[Tensor, "prompts 1"]:
         """The largest reward of each prompt."""
+        if self.maximum is not None:
+            return torch.full_like(utility[:, :1], self.maximum)
         return utility.masked_fill(log_weights == -math.inf, -math.inf).amax(1, keepdim=True)
 
 

@@ -82,6 +82,9 @@ class GoodnessPosterior:
     `mean + var / (2 temperature)`, which is *optimistic* (Hahami et al., 2606.09073). Pass `selection.RiskAverse`,
     `selection.LowerConfidenceBound` or any other rule to be cautious, `selection.Thompson` for a joint draw.
 
+    Rules that count deviations from the candidates' mean, and the marginal utility, make the target depend on the set
+    of candidates: with few of them a policy comes near to the exact target and not to it.
+
     Attributes:
         goodness: p(G = 1) given the reward.
         utility: What stands for the reward: a function of the belief with scores of shape `(B, n)`, or `"marginal"`.

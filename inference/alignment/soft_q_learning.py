@@ -35,7 +35,8 @@ def build(
         utility_strength: Of that utility, see `bayesrm.alignment.utilities.UtilityName`.
     """
     target = brm.GoodnessPosterior(
-        brm.programs.ExponentialTilt(beta), make_utility(utility, utility_strength, num_candidates=num_candidates)
+        brm.programs.ExponentialTilt(beta, maximum=0.0),
+        make_utility(utility, utility_strength, num_candidates=num_candidates),
     )
     projection = brm.alignment.projections.PathConsistency(single_step, multi_step, reference, reversed_roles)
     off = num_candidates // 2

@@ -130,3 +130,23 @@ def test_adaptive_best_of_n_needs_fewer_candidates_where_prompts_differ(benchmar
     # docs/results.md has 0.60 to 0.70 for 1,000 prompts.
     assert len(ratios) == 4
     assert max(ratios) < 0.9
+
+
+def test_sampled_gradients_of_alignment_methods_are_those_of_the_expected_losses(benchmark_module):
+    benchmark = benchmark_module("alignment_worlds")
+    claims = benchmark.descend_their_losses(benchmark.QUICK)
+    assert len(claims) == 5
+    assert all(claim.holds for claim in claims)
+
+
+def test_brain_comes_as_near_to_its_target_as_derived(benchmark_module):
+    benchmark = benchmark_module("alignment_worlds")
+    world = benchmark.make_world(range(5))
+    entry = benchmark.entries()[0]
+    schedule = entry.schedule(300)
+    bound = benchmark.expected_end(world, entry, schedule, num_sets=50, seed=1)
+    # On every set of candidates the target itself is at rest, so that nothing but unlearnt differences is left.
+    assert bound.noise < 1e-20
+    gaps = benchmark.to_target(world, benchmark.train(world, entry.method, schedule, seed=0), entry.own_target(world))
+    assert (gaps[-1] < bound.bound).all()
+    assert (gaps[0] > 10 * gaps[-1]).all()
