@@ -83,7 +83,8 @@ def align(
 
     Args:
         policy: The policy; its `reference` is p0.
-        reward: A posterior over rewards, or a function with the arguments of its `predict`.
+        reward: A posterior over rewards, or a function with the arguments of its `predict`. A run that is resumed knows
+            a posterior by its tensors, and a function by its name and code, not by what it refers to.
         prompts: Prompts, strings or lists of messages.
         method: Target, projection and proposal, for instance `inference/alignment/brain.py`.
         rounds: Rounds.
@@ -263,9 +264,13 @@ def _reward_identity(reward: Any) -> str:
     """A name for the reward that stays the same in another process, with a digest of a posterior's tensors."""
     state = getattr(reward, "_state", None)
     name = getattr(reward, "__qualname__", type(reward).__qualname__)
-    if not callable(state):
-        return str(name)
     digest = xxhash.xxh3_128()
+    if not callable(state):
+        code = getattr(reward, "__code__", None)
+        if code is None:
+            return str(name)
+        digest.update(code.co_code + repr([c for c in code.co_consts if not hasattr(c, "co_code")]).encode())
+        return f"{name} {digest.hexdigest()}"
     for key, value in sorted(state().items()):
         digest.update(key.encode())
         digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())

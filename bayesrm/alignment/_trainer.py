@@ -231,7 +231,8 @@ class RoundTrainer(transformers.Trainer):  # type: ignore[misc]
         lengths = found.sequences.lengths.reshape(len(found.prompts), -1).max(1)
         self.train_dataset.begin(number, lengths)
         self.model.begin(found, posterior)
-        self.log({k: float(v) for k, v in report.summary().items() if k != "step" and math.isfinite(v)})
+        numbers = {k: float(v) for k, v in report.summary().items() if isinstance(v, int | float) and k != "step"}
+        self.log({name: number for name, number in numbers.items() if math.isfinite(number)})
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

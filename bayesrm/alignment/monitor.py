@@ -34,6 +34,7 @@ class RoundReport:
         length: Mean tokens of a response.
         ended: Share of the responses that ended by themselves.
         distinct_2: Distinct pairs of consecutive tokens, over all pairs.
+        samples: The first response to each of the first three prompts.
     """
 
     round: int
@@ -48,6 +49,11 @@ class RoundReport:
     length: float
     ended: float
     distinct_2: float
+    samples: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        # JSON has no tuples.
+        object.__setattr__(self, "samples", tuple(self.samples))
 
     @classmethod
     def of(cls, found: Round, posterior: ResponsePosterior, *, number: int, step: int) -> "RoundReport":
@@ -70,6 +76,7 @@ class RoundReport:
             length=float(found.sequences.lengths.mean()),
             ended=float(sum(found.sequences.ended) / len(found.sequences)),
             distinct_2=distinct(found.sequences.responses, 2),
+            samples=tuple(texts[0] for texts in found.texts[:3]),
         )
 
     def summary(self) -> dict[str, Any]:

@@ -19,6 +19,13 @@ from ._runs import add_run, load_run
 _KIND = "inference/alignment"
 _SWITCHES = ("--json", "--given", "-h", "--help")
 _NOT_TRAINING = ("latent_learning_rate", "max_steps", "output_dir", "keep_rows")
+#: What flags of the optimiser mean here, where `training_settings` speaks of reward models.
+_TRAINING_HELP = {
+    "training.epochs": "passes over a round's candidates",
+    "training.learning_rate": "peak learning rate",
+    "training.batch_size": "prompts of a micro-batch on one device, with all their candidates",
+    "training.save_steps": "steps between checkpoints; None for one after each round",
+}
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -49,6 +56,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--on-bad-row", choices=("raise", "skip"), default="raise", help="what to do with a bad row")
     parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder of the run and its policy")
     _parser.add_flags(parser, training_settings, "training", "flags of the optimiser", skip=_NOT_TRAINING)
+    for action in parser._actions:
+        action.help = _TRAINING_HELP.get(action.dest, action.help)
     parser.set_defaults({"training.epochs": 1.0, "training.batch_size": 4})
     build = _parser.load_build(_KIND, method)
     if build is not None:

@@ -33,7 +33,8 @@ class ResponsePosterior:
         log_weights: Logarithms of the weights, which sum to 1 for each prompt, shape `(B, n)`: self-normalised
             importance weights, or the probabilities themselves where the candidates are exhaustive.
         log_evidence: log of the sum of the unnormalised density over all responses, shape `(B,)`: of a
-            `GoodnessPosterior` log p(G = 1 | x). Estimated, unless the candidates are exhaustive.
+            `GoodnessPosterior` log p(G = 1 | x). Estimated, unless the candidates are exhaustive. An `ExponentialTilt`
+            measures rewards from the best of the candidates at hand; give its `maximum` to compare sets of candidates.
         k_hat: Shape of the generalised Pareto distribution fitted to each prompt's largest weights, shape `(B,)`; 0
             where the candidates are exhaustive, and not a number where they are fewer than 25.
         smoothed: Whether the weights' tails were replaced by quantiles of that distribution.
