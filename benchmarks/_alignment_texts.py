@@ -45,8 +45,8 @@ class Texts:
 
 
 def opening(text: str) -> str:
-    """The first words of a text, its white space made plain."""
-    return " ".join(text.split()[:WORDS])
+    """The first words of a text, its white space made plain, and what has no width left out."""
+    return " ".join(re.sub("[\u200b-\u200f\ufeff]", "", text).split()[:WORDS])
 
 
 def alpaca(folder: Path, *, num_pairs: int, num_demonstrations: int, num_held_out: int, seed: int) -> Texts:
@@ -56,7 +56,7 @@ def alpaca(folder: Path, *, num_pairs: int, num_demonstrations: int, num_held_ou
     left_out = re.compile(r"NullModel|gpt4_gamed|_verbose$|_concise$")
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in table:
-        if not left_out.search(row["model"]) and row["response"].strip():
+        if not left_out.search(row["model"]) and opening(row["response"]):
             rows.setdefault(row["prompt"], []).append(row)
     prompts = list(rng.permutation(sorted(rows)))
     held_out, first, second = prompts[:num_held_out], prompts[num_held_out::2], prompts[num_held_out + 1 :: 2]

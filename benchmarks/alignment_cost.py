@@ -103,7 +103,7 @@ class BRAIn:
             shape = (len(candidates), len(candidates[0]))
             return brm.RewardBelief(torch.randn(shape), torch.zeros(*shape, 1))
 
-        proposer = Proposer(policy, method, reward, None, given, 1.0, 8, Processes())
+        proposer = Proposer(policy, method, reward, None, given, None, 1.0, 8, Processes())
         state = Rounds(policy, method, proposer, prompts, len(prompts), 0, None, None)
         self.trainer = _trainer(state, training, place, Processes(), 1, seed=0, progress=False)
         self.trainer.create_optimizer()

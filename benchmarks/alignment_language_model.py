@@ -147,7 +147,8 @@ def run(quick: bool, cache: Path | None) -> tuple[list[Claim], dict[str, Any]]:
         )  # fmt: skip
         claims, alpaca_found = study(texts, list(METHODS), size, folder / "alpaca")
         human = hh_harmless(data_folder(), num_held_out=size.held_out, seed=0)
-        more, hh_found = study(human, ["BRAIn"], size, folder / "hh")
+        less = dataclasses.replace(size, steps=size.steps // 2, rounds=max(1, size.rounds // 2))
+        more, hh_found = study(human, ["BRAIn"], less, folder / "hh")
     return claims + more, {"alpaca": alpaca_found, "hh": hh_found}
 
 

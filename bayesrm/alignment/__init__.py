@@ -4,9 +4,11 @@ A `Method` is a target, a projection onto it and a proposal; `align` runs its ro
 """
 
 from . import games, multi_turn, projections, rollouts, targets, utilities
-from ._align import AlignmentReport, align
+from ._align import align
 from ._generation import GeneratedResponse
 from ._policy_loading import PolicyLoRA
+from ._report import AlignmentReport
+from ._scoring import Preferences, Reward
 from ._sequence_log_probs import TokenLogProbs
 from ._tokens import TokenSequences
 from ._weights import Snapshot
@@ -22,6 +24,8 @@ __all__ = [
     "Method",
     "Policy",
     "PolicyLoRA",
+    "Preferences",
+    "Reward",
     "RoundReport",
     "Snapshot",
     "TokenLogProbs",

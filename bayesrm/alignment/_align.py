@@ -2,16 +2,13 @@
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-import xxhash
 
 from ..data.rendering import Content
 from ..engines._processes import Processes
@@ -19,42 +16,18 @@ from ..engines.training import Training
 from ..errors import ArgumentError, EngineError
 from ..rewards._checks import check_integer
 from ._propose import Proposer, check_given
+from ._report import AlignmentReport, finish, load_finished
+from ._run_identity import run_identity
 from ._scoring import Predicts, Preferences, Reward
-from ._weights import Snapshot
 from .method import Method
-from .monitor import Budget, RoundReport
+from .monitor import Budget
 from .policy import Policy
 
 if TYPE_CHECKING:
-    from ..engines._run_folder import RunFolder
     from ._trainer import Rounds, RoundTrainer
 
-_FINISHED, _TRAINED = "finished.json", "trained.safetensors"
-#: Settings that leave the weights at each step as they are.
-_INCIDENTAL = ("output_dir", "save_steps", "save_total_limit", "logging_steps", "callbacks", "report_to")
 #: Settings of `Training` that say nothing here.
 _UNUSED = {"max_steps": None, "sample_selection": None}
-
-
-@dataclasses.dataclass(frozen=True)
-class AlignmentReport:
-    """What a run of `align` did.
-
-    Attributes:
-        rounds: What each round's candidates looked like, the last one's if the budget stopped it there too.
-        steps: Steps of the optimiser.
-        stopped: Why the run ended before its last round, in words; `None` where it did not.
-        seconds: Wall time of the call; of a finished run that was loaded, of the call that finished it.
-        log: Entries of the Trainer's log with a loss.
-        resumed_from: Checkpoint from which an interrupted run went on, or the folder of a finished run.
-    """
-
-    rounds: tuple[RoundReport, ...]
-    steps: int
-    stopped: str | None
-    seconds: float
-    log: tuple[Mapping[str, float], ...] = ()
-    resumed_from: str | None = None
 
 
 def align(
@@ -68,6 +41,7 @@ def align(
     training: Training | None = None,
     preferences: Preferences | None = None,
     candidates: Sequence[Sequence[str]] | None = None,
+    candidate_log_probs: Sequence[Sequence[float]] | None = None,
     temperature: float = 1.0,
     generation_batch: int = 64,
     budget: Budget | None = None,
@@ -94,16 +68,22 @@ def align(
             meaning here.
         preferences: P(i preferred to j) of the candidates of prompts, for preference games; by default those that the
             rewards imply.
-        candidates: Responses to every prompt that are taken instead of draws, `method.num_candidates` each; they count
-            as draws of the reference policy. Nothing is generated then.
+        candidates: Responses to every prompt that are taken instead of draws, `method.num_candidates` each. Nothing is
+            generated then.
+        candidate_log_probs: Their log-probabilities under what drew them, as `bayesrm propose` writes them; without,
+            they count as draws of the reference policy.
         temperature: Temperature at which candidates are drawn; their weights take it into account.
         generation_batch: Responses drawn side by side.
-        budget: When to stop early.
+        budget: When to stop early. The policy stays as it was when it exceeded a limit.
         seed: Seed of the draws and of the order. No global random state is touched.
         progress: Show a progress bar and the log.
 
+    A response without words, of which nothing can be believed, counts as its prompt's response with the lowest mean
+    reward, and as 0 where none has words. An interrupted call leaves the policy as it was given.
+
     Raises:
         ArgumentError: The arguments do not fit together.
+        DataError: A given response is longer than the policy may write.
         EngineError: Training diverged.
         PersistenceError: `output_dir` holds another run, or cannot be written.
 
@@ -111,7 +91,9 @@ def align(
         >>> from bayesrm.alignment import align  # see tutorials/brain_with_an_uncertain_reward.ipynb
     """
     training = Training(epochs=1.0, batch_size=4) if training is None else training
-    per_round = _checked(policy, reward, prompts, method, rounds, prompts_per_round, training, candidates, budget)
+    per_round = _checked(policy, reward, prompts, method, rounds, prompts_per_round, training, budget)
+    if candidates is not None:
+        check_given(candidates, candidate_log_probs, prompts, method)
     from ..engines._run_folder import RunFolder
     from ..engines._trainer import trainer_session
     from ._trainer import BudgetReached, Rounds
@@ -122,25 +104,32 @@ def align(
         processes = Processes.current(policy.device)
         folder, place = None, training.output_dir
         if place is not None:
-            identity = _identity(
-                policy, reward, prompts, method, rounds, per_round, training, candidates, temperature, budget, seed
-            )
+            identity = run_identity(
+                policy, place=Path(place), training=training, prompts=list(prompts), candidates=candidates,
+                candidate_log_probs=candidate_log_probs, reward=reward, preferences=preferences, method=method,
+                rounds=rounds, prompts_per_round=per_round, temperature=temperature, budget=budget, seed=seed,
+            )  # fmt: skip
             folder = RunFolder.open(place, identity, processes)
-            if (finished := _finished(folder, policy)) is not None:
+            if (finished := load_finished(folder, policy)) is not None:
                 return finished
         else:
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="bayesrm-"))
         proposer = Proposer(
-            policy, method, reward, preferences, candidates, temperature, generation_batch, processes
+            policy, method, reward, preferences, candidates, candidate_log_probs, temperature, generation_batch,
+            processes,
         )  # fmt: skip
         state = Rounds(policy, method, proposer, prompts, per_round, seed, budget, folder)
         trainer = _trainer(state, training, place, processes, rounds, seed=seed, progress=progress)
         resumed_from = folder.latest() if folder is not None else None
-        stopped = None
+        start, stopped = policy.snapshot(), None
         try:
             trainer.train(resume_from_checkpoint=resumed_from)
         except BudgetReached as reached:
             stopped = str(reached)
+        except BaseException:
+            # The same call, with the same policy object, then finds the run that it began.
+            policy.assign(start)
+            raise
         policy.model.eval()
         policy.model.zero_grad(set_to_none=True)
         if not all(bool(p.isfinite().all()) for p in policy.trainable.values()):
@@ -150,8 +139,10 @@ def align(
         steps = trainer.state.global_step
         if stopped is None and steps < trainer.state.max_steps:
             stopped = "a callback asked for it"
+        final = state.reports[-1] if state.exceeded else state.measure(rounds, steps)
         report = AlignmentReport(
             rounds=tuple(state.reports),
+            final=final,
             steps=steps,
             stopped=stopped,
             seconds=time.perf_counter() - begin,
@@ -159,7 +150,7 @@ def align(
             resumed_from=resumed_from,
         )
         if folder is not None:
-            _finish(folder, policy, report)
+            finish(folder, policy, report)
         return report
 
 
@@ -201,8 +192,7 @@ def _trainer(
 
 def _checked(
     policy: Policy, reward: Reward, prompts: Sequence[Content], method: Method, rounds: int,
-    prompts_per_round: int | None, training: Training, candidates: Sequence[Sequence[str]] | None,
-    budget: Budget | None,
+    prompts_per_round: int | None, training: Training, budget: Budget | None,
 ) -> int:  # fmt: skip
     """Prompts of a round, once all arguments fit together."""
     if not isinstance(policy, Policy):
@@ -227,88 +217,10 @@ def _checked(
             raise ArgumentError(f"`training` sets `{name}`, which has no meaning for rounds; use `rounds` and `epochs`")
     if not policy.trainable:
         raise ArgumentError("`policy` has no trainable weights; load it whole, or with `lora`")
-    if candidates is not None:
-        check_given(candidates, prompts, method)
+    half = [name for name, p in policy.trainable.items() if p.dtype not in (torch.float32, torch.float64)]
+    if half:
+        raise ArgumentError(
+            f"`policy` has trainable weights in half precision ({half[0]}), which small steps would leave as they are; "
+            "load it in float32 and compute in bfloat16 by Training(bf16=True), or train adapters (lora=...)"
+        )
     return per_round
-
-
-def _identity(
-    policy: Policy, reward: Reward, prompts: Sequence[Content], method: Method, rounds: int, per_round: int,
-    training: Training, candidates: Sequence[Sequence[str]] | None, temperature: float, budget: Budget | None,
-    seed: int,
-) -> dict[str, Any]:  # fmt: skip
-    """What decides the outcome of a run, as a flat mapping of JSON values."""
-    digest = xxhash.xxh3_128()
-    for snapshot in (policy.snapshot(device="cpu"), policy.reference):
-        for name, value in sorted(snapshot.values.items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    texts = xxhash.xxh3_128_hexdigest(json.dumps([list(prompts), candidates]).encode())
-    settings = {k: v for k, v in training.to_config().items() if k not in _INCIDENTAL}
-    return {
-        "policy": str(digest.hexdigest()),
-        "limits": [policy.max_prompt_tokens, policy.max_new_tokens],
-        "reward": _reward_identity(reward),
-        "prompts": texts,
-        # Functions print with their address, which differs from one process to the next.
-        "method": _described(method),
-        "rounds": rounds,
-        "prompts_per_round": per_round,
-        "temperature": temperature,
-        "budget": _described(budget),
-        "seed": seed,
-    } | {f"training.{name}": value for name, value in settings.items()}
-
-
-def _reward_identity(reward: Any) -> str:
-    """A name for the reward that stays the same in another process, with a digest of a posterior's tensors."""
-    state = getattr(reward, "_state", None)
-    name = getattr(reward, "__qualname__", type(reward).__qualname__)
-    digest = xxhash.xxh3_128()
-    if not callable(state):
-        code = getattr(reward, "__code__", None)
-        if code is None:
-            return str(name)
-        digest.update(code.co_code + repr([c for c in code.co_consts if not hasattr(c, "co_code")]).encode())
-        return f"{name} {digest.hexdigest()}"
-    for key, value in sorted(state().items()):
-        digest.update(key.encode())
-        digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())
-    return f"{name} {digest.hexdigest()}"
-
-
-def _described(value: Any) -> Any:
-    """Nested settings as JSON values; functions by their names."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: _described(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"": type(value).__qualname__} | parts
-    if isinstance(value, list | tuple):
-        return [_described(part) for part in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def _finish(folder: "RunFolder", policy: Policy, report: AlignmentReport) -> None:
-    """Writes the final weights, then the report, which makes them count."""
-    from ..engines._run_folder import _write_json
-
-    if folder.processes.index == 0:
-        policy.snapshot().save(folder.path / _TRAINED)
-        values = dataclasses.asdict(report) | {"log": [dict(entry) for entry in report.log]}
-        _write_json(folder.path / _FINISHED, values)
-    folder.processes.wait()
-
-
-def _finished(folder: "RunFolder", policy: Policy) -> AlignmentReport | None:
-    """The report of a finished run, whose weights are put into the policy; `None` where there is none."""
-    from ..engines._run_folder import _read_json
-
-    file = Path(folder.path) / _FINISHED
-    if not file.exists():
-        return None
-    policy.assign(Snapshot.load(folder.path / _TRAINED))
-    stored = _read_json(file)
-    rounds = tuple(RoundReport(**values) for values in stored.pop("rounds"))
-    stored |= {"log": tuple(stored["log"]), "resumed_from": str(folder.path)}
-    return AlignmentReport(rounds=rounds, **stored)

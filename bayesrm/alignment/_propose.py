@@ -32,6 +32,7 @@ class Proposer:
         reward: Beliefs about them.
         preferences: Preferences between them; by default those that the rewards imply.
         given: Responses of every prompt that are taken instead of draws.
+        given_log_probs: Their log-probabilities under what drew them; by default those of the reference.
         temperature: Of the draws.
         batch_size: Responses drawn side by side.
         processes: Among which the prompts are shared out.
@@ -42,6 +43,7 @@ class Proposer:
     reward: Reward
     preferences: Preferences | None
     given: Sequence[Sequence[str]] | None
+    given_log_probs: Sequence[Sequence[float]] | None
     temperature: float
     batch_size: int
     processes: Processes
@@ -58,9 +60,10 @@ class Proposer:
         n = len(self.given[chosen[0]]) if self.given is not None else self.method.num_candidates
         if self.given is not None:
             flat = [response for row in chosen for response in self.given[row]]
-            sequences = self.policy.encode([p for p in prompts for _ in range(n)], flat, on_long="shorten")
+            sequences = self.policy.encode([p for p in prompts for _ in range(n)], flat)
             texts = [list(self.given[row]) for row in chosen]
-            proposal = None
+            known = self.given_log_probs
+            proposal = None if known is None else torch.tensor([list(known[row]) for row in chosen])
         else:
             sequences, texts, proposal = self._drawn(prompts, chosen, anchor, seed)
 
@@ -84,7 +87,7 @@ class Proposer:
         candidates = ScoredCandidates(
             score(self.reward, prompts, texts),
             reference=reference,
-            # Responses that are given count as draws of the reference policy.
+            # Responses that are given without log-probabilities count as draws of the reference policy.
             proposal=reference.clone() if proposal is None else proposal,
             anchor=log_anchor,
             preferences=None if self.preferences is None else check_preferences(self.preferences, prompts, texts),
@@ -172,8 +175,13 @@ def _joined(parts: list[Round], count: int) -> Round:
     )
 
 
-def check_given(given: Sequence[Sequence[str]], prompts: Sequence[Content], method: Method) -> None:
+def check_given(
+    given: Sequence[Sequence[str]], log_probs: Sequence[Sequence[float]] | None, prompts: Sequence[Content],
+    method: Method,
+) -> None:  # fmt: skip
     """Raises `ArgumentError` unless every prompt has as many given responses as the method takes."""
+    if log_probs is not None and [len(row) for row in log_probs] != [len(row) for row in given]:
+        raise ArgumentError("`candidate_log_probs` must hold a number for each of `candidates`")
     if len(given) != len(prompts):
         raise ArgumentError(f"`candidates` has {len(given)} entries for {len(prompts)} prompts; give one for each")
     for row, responses in enumerate(given):

@@ -44,6 +44,8 @@ def score(reward: Reward, prompts: Sequence[Any], candidates: Sequence[Sequence[
         return RewardBelief(torch.zeros(len(candidates), count), torch.zeros(len(candidates), count, 1))
     belief = predict([prompts[row] for row in asked], [distinct[row] for row in asked])
     most = max(len(distinct[row]) for row in asked)
+    if not isinstance(belief, RewardBelief):
+        raise ArgumentError(f"`reward` returned a {type(belief).__name__}; it returns a RewardBelief")
     if belief.mean.shape != (len(asked), most):
         raise ArgumentError(
             f"`reward` returned a belief about {tuple(belief.mean.shape)} candidates; it was asked about "
@@ -74,15 +76,18 @@ def _placed(belief: RewardBelief, rows: Tensor, places: Tensor) -> RewardBelief:
 
 
 def check_preferences(
-    preferences: Preferences, prompts: Sequence[Any], candidates: Sequence[Sequence[str]]
+    preferences: Preferences, prompts: Sequence[Any], candidates: Sequence[Sequence[Any]]
 ) -> Float[Tensor, "prompts candidates candidates"]:
     """P(i preferred to j) of each prompt's candidates.
 
     Raises:
         ArgumentError: `preferences` returned another shape.
     """
-    matrix = preferences(prompts, candidates).detach().cpu()
+    matrix = preferences(prompts, candidates)
     count = len(candidates[0])
+    if not isinstance(matrix, Tensor):
+        raise ArgumentError(f"`preferences` returned a {type(matrix).__name__}; it returns a tensor of probabilities")
+    matrix = matrix.detach().cpu()
     if tuple(matrix.shape) != (len(prompts), count, count):
         raise ArgumentError(
             f"`preferences` returned shape {tuple(matrix.shape)}; it returns {(len(prompts), count, count)}"

@@ -127,7 +127,8 @@ class Rounds:
     """Makes each round when it begins, or finds it on disk; holds the moving anchor.
 
     Attributes:
-        reports: One for each round begun, as far as this process has seen them.
+        reports: One for each round begun.
+        exceeded: Whether the last of them went beyond the budget.
     """
 
     policy: Policy
@@ -139,6 +140,7 @@ class Rounds:
     budget: Budget | None
     folder: RunFolder | None
     reports: list[RoundReport] = dataclasses.field(default_factory=list)
+    exceeded: bool = False
 
     def __post_init__(self) -> None:
         self._moving = self.method.anchor_rate < 1.0 or self.method.anchor_every > 1
@@ -151,8 +153,37 @@ class Rounds:
         Raises:
             BudgetReached: The policy has gone too far.
         """
+        self._read_earlier(number, step)
+        found, posterior, report = self._round(number, step)
+        self.reports.append(report)
+        reason = None if self.budget is None else self.budget.exceeded(report)
+        if reason is not None:
+            self.exceeded = True
+            raise BudgetReached(reason)
+        return found, posterior, report
+
+    def measure(self, number: int, step: int) -> RoundReport:
+        """What the policy is like after the last round, on the candidates of one more that is not learnt from."""
+        return self._round(number, step)[2]
+
+    def _read_earlier(self, number: int, step: int) -> None:
+        """The reports of rounds that an interrupted run has made before this one."""
+        if self.folder is None or not number:
+            return
+        for earlier in range(len(self.reports), number):
+            found = Round.load(self._file(self.folder, earlier))
+            report = RoundReport.of(
+                found, self.method.weigh(found.candidates), number=earlier, step=earlier * (step // number)
+            )
+            self.reports.append(report)
+
+    @staticmethod
+    def _file(folder: RunFolder, number: int) -> Path:
+        return folder.path / f"round-{number:05d}.safetensors"
+
+    def _round(self, number: int, step: int) -> tuple[Round, ResponsePosterior, RoundReport]:
         self._move_anchor(number)
-        file = None if self.folder is None else self.folder.path / f"round-{number:05d}.safetensors"
+        file = None if self.folder is None else self._file(self.folder, number)
         if file is not None and file.exists():
             found = Round.load(file)
         else:
@@ -163,12 +194,7 @@ class Rounds:
                     found.save(file)
                 self.folder.processes.wait()
         posterior = self.method.weigh(found.candidates)
-        report = RoundReport.of(found, posterior, number=number, step=step)
-        self.reports.append(report)
-        reason = None if self.budget is None else self.budget.exceeded(report)
-        if reason is not None:
-            raise BudgetReached(reason)
-        return found, posterior, report
+        return found, posterior, RoundReport.of(found, posterior, number=number, step=step)
 
     def _move_anchor(self, number: int) -> None:
         if self.anchor is None:
@@ -227,7 +253,7 @@ class RoundTrainer(transformers.Trainer):  # type: ignore[misc]
         """Draws and weighs the candidates of the round that now begins, and logs what they look like."""
         per_round = len(self.train_dataset) // (self.args.gradient_accumulation_steps * max(1, self.args.world_size))
         number = self.state.global_step // per_round
-        found, posterior, report = self._rounds.begin(number, self.state.global_step)
+        found, posterior, report = self._rounds.begin(number, number * per_round)
         lengths = found.sequences.lengths.reshape(len(found.prompts), -1).max(1)
         self.train_dataset.begin(number, lengths)
         self.model.begin(found, posterior)

@@ -8,8 +8,9 @@ import torch
 
 from ..data.rendering import Content
 from ..selection import RiskAverse, Rule
+from ._scoring import Predicts
 from ._trl_candidates import as_trl, conversational, first_best, read_candidates
-from ._trl_groups import Predicts, utilities
+from ._trl_groups import utilities
 
 
 def best_of_n_dataset(

@@ -12,7 +12,8 @@ from ..beliefs import RewardBelief
 from ..data.rendering import Content
 from ..errors import ArgumentError, DataError
 from ..selection import select
-from ._trl_groups import Predicts, content_key, is_empty
+from ._scoring import Predicts
+from ._trl_groups import content_key, is_empty
 
 #: Prompts whose candidates are read together.
 _TOGETHER = 256

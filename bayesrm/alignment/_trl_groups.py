@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 import xxhash
@@ -15,14 +15,7 @@ from ..data.rendering import Content
 from ..errors import ArgumentError, DataError
 from ..rewards._checks import plain
 from ..selection import Rule
-
-
-@runtime_checkable
-class Predicts(Protocol):
-    """Whatever predicts rewards of texts as a `Posterior` does."""
-
-    def predict(self, prompts: Sequence[Any], candidates: Sequence[Any]) -> RewardBelief:
-        """Joint belief about the candidates of each prompt."""
+from ._scoring import Predicts
 
 
 @dataclasses.dataclass(frozen=True)

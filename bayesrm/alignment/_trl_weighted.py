@@ -9,8 +9,9 @@ from torch import Tensor
 from ..data.rendering import Content
 from ..errors import ArgumentError
 from ..selection import RiskAverse, Rule
+from ._scoring import Predicts
 from ._trl_candidates import are_different, read_candidates
-from ._trl_groups import Predicts, derived_seed, utilities
+from ._trl_groups import derived_seed, utilities
 from ._trl_pairs import Collected, PreferencePairs
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..engines.response_posterior import ResponsePosterior, Target, response_posterior
 from ..errors import ArgumentError
-from ..programs import ScoredCandidates
+from ..programs import ExponentialTilt, ScoredCandidates
 from .projections import PathConsistency, Projection, TokenPaths
 
 
@@ -65,6 +65,12 @@ class Method:
                 f"`proposal` is {self.proposal!r}; it is one of {known}, or one for each of the {self.num_candidates} "
                 "places of `num_candidates`"
             )
+        goodness = getattr(self.target, "goodness", None)
+        if self.needs_tokens and isinstance(goodness, ExponentialTilt) and goodness.maximum is None:
+            raise ArgumentError(
+                "path consistency needs rewards that do not move with the candidates at hand; give the goodness of "
+                "`target` a `maximum`, for instance ExponentialTilt(temperature, maximum=0.0)"
+            )
         if not 0.0 < self.anchor_rate <= 1.0:
             raise ArgumentError(f"`anchor_rate` is {self.anchor_rate}; it lies above 0, up to 1")
         if not 0.0 <= self.mixture_weight <= 1.0:
@@ -107,4 +113,10 @@ class Method:
             )
         project: Any = self.projection
         losses: Tensor = project(policy, posterior)
+        if not isinstance(losses, Tensor) or losses.shape != posterior.log_evidence.shape:
+            found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ArgumentError(
+                f"`projection` {type(project).__name__} returned {found}; it returns a loss for each prompt, shape "
+                f"{tuple(posterior.log_evidence.shape)}"
+            )
         return losses

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,10 +51,6 @@ class RoundReport:
     distinct_2: float
     samples: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        # JSON has no tuples.
-        object.__setattr__(self, "samples", tuple(self.samples))
-
     @classmethod
     def of(cls, found: Round, posterior: ResponsePosterior, *, number: int, step: int) -> "RoundReport":
         """What is to be said of a round."""
@@ -78,6 +74,11 @@ class RoundReport:
             distinct_2=distinct(found.sequences.responses, 2),
             samples=tuple(texts[0] for texts in found.texts[:3]),
         )
+
+    @classmethod
+    def from_summary(cls, summary: Mapping[str, Any]) -> "RoundReport":
+        """The report of which `summary` made these values."""
+        return cls(**{**summary, "samples": tuple(summary["samples"])})
 
     def summary(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -132,13 +133,12 @@ def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
 
 
 def _policy_weights(found: Round) -> Tensor:
-    """Weights of the candidates as draws of the policy, shape `(B, n)`: equal for those that are."""
+    """Importance weights of the candidates as draws of the policy, `(B, n)`; of its own draws alone where there are."""
     candidates = found.candidates
-    own = [source == "policy" for source in candidates.sources or ()]
-    if any(own):
-        kept = candidates.mask & torch.tensor(own)
-        return kept.to(found.policy) / kept.sum(1, keepdim=True)
-    return candidates.log_weights_of(found.policy).exp()
+    own = torch.tensor([source == "policy" for source in candidates.sources or ()])
+    kept = candidates.mask & own if bool(own.any()) else candidates.mask
+    # Equal but for rounding where a candidate was drawn from this policy as it is, at temperature 1.
+    return torch.softmax((found.policy - candidates.log_proposal).masked_fill(~kept, -math.inf), 1)
 
 
 def _pooled_k_hat(posterior: ResponsePosterior) -> float:

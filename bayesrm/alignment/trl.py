@@ -19,8 +19,9 @@ from ..engines import Posterior
 from ..errors import ArgumentError
 from ..rewards import ProjectedHead
 from ..selection import RiskAverse, Rule
+from ._scoring import Predicts
 from ._trl_best_of_n import best_of_n_dataset
-from ._trl_groups import Groups, Predicts, is_seeded, utilities
+from ._trl_groups import Groups, is_seeded, utilities
 from ._trl_pairs import LeftOut, PreferencePairs
 from ._trl_preferences import Rejected, preference_dataset
 from ._trl_weighted import weighted_preference_dataset

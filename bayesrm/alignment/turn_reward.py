@@ -1,6 +1,7 @@
 """The value of a reply in a conversation that goes on, as a reward for `align` (Shani et al., MTPO, 2405.14655)."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import xxhash
 
 from ..beliefs import RewardBelief
 from ..errors import ArgumentError
-from ._scoring import Preferences
+from ._scoring import Preferences, check_preferences
 from .policy import Policy
 from .rollouts import Environment, Message, rollouts
 
@@ -24,6 +25,8 @@ class TurnReward:
     `targets.MirrorDescent(payoff="reward")`, and histories as prompts, `align` is MTPO.
 
     The belief that it returns has the estimate as mean and no variance; replies of one history share their opponents.
+    The random numbers follow from the seed, the history and the replies: the same question has the same answer, and
+    the replies of another round have others.
 
     Attributes:
         policy: The policy that is aligned.
@@ -34,7 +37,7 @@ class TurnReward:
         num_opponents: Conversations that each start is compared with.
         num_continuations: Times that the conversation after a reply is finished.
         temperature: Of the draws.
-        seed: Seed of the draws; each history has its own, whatever else is asked.
+        seed: Seed of the draws.
 
     Raises:
         ArgumentError: A number is not positive; or, when called, a history does not begin with the user.
@@ -54,6 +57,8 @@ class TurnReward:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"`{name}` is {value!r}; it is a positive whole number")
+        if not 0.0 < self.temperature < math.inf:
+            raise ArgumentError(f"`temperature` is {self.temperature}; it is a positive number")
 
     def __call__(self, prompts: Sequence[Any], candidates: Sequence[Sequence[str]]) -> RewardBelief:
         """Values of the replies `candidates` to the histories `prompts`, shape `(B, most candidates)`."""
@@ -70,17 +75,22 @@ class TurnReward:
         return RewardBelief(mean, torch.zeros(len(prompts), most, 1), mask)
 
     def _values(self, history: list[Message], start: int, replies: Sequence[str]) -> torch.Tensor:
+        question = repr(list(replies))
         (opponents,) = rollouts(
-            [history[:start]], self._respond(0), self.environment, num_rollouts=self.num_opponents,
+            [history[:start]], self._respond(f"0 {question}"), self.environment, num_rollouts=self.num_opponents,
             max_turns=self.max_turns,
         )  # fmt: skip
-        talks = [self._finished(history, reply, n) for reply in replies for n in range(self.num_continuations)]
+        talks = [
+            self._finished(history, reply, f"{1 + n} {question}")
+            for reply in replies
+            for n in range(self.num_continuations)
+        ]
         ends = [*(talk[start:] for talk in talks), *(talk.turns for talk in opponents)]
-        matrix = self.preferences([history[:start]], [ends])[0]
+        matrix = check_preferences(self.preferences, [history[:start]], [ends])[0]
         wins = matrix[: len(talks), len(talks) :].mean(1)
         return wins.reshape(len(replies), self.num_continuations).mean(1).to(torch.float32)
 
-    def _finished(self, history: list[Message], reply: str, number: int) -> list[Message]:
+    def _finished(self, history: list[Message], reply: str, number: str) -> list[Message]:
         """The conversation after a reply, finished by environment and policy."""
         talk: list[Message] = [*history, {"role": "assistant", "content": reply}]
         left = self.max_turns - sum(message["role"] == "assistant" for message in talk)
@@ -89,11 +99,11 @@ class TurnReward:
             return talk
         talk = [*talk, {"role": "user", "content": answer}]
         ((rest,),) = rollouts(
-            [talk], self._respond(1 + number), self.environment, num_rollouts=1, max_turns=left
+            [talk], self._respond(number), self.environment, num_rollouts=1, max_turns=left
         )  # fmt: skip
         return list(rest.messages)
 
-    def _respond(self, number: int) -> Any:
+    def _respond(self, number: str) -> Any:
         """Draws a reply to each of several conversations; equal ones by turns, so that they differ."""
 
         def respond(conversations: list[list[Message]]) -> list[str]:

@@ -21,7 +21,10 @@ class UtilityName(enum.StrEnum):
     MARGINAL = "marginal"
     """The reward is integrated out, as Bayes' rule has it: *optimistic*. For a `GoodnessPosterior`; no strength."""
     THOMPSON = "thompson"
-    """One joint draw of the rewards, with `strength` as its seed; 0 by default (Thompson 1933)."""
+    """A joint draw of the rewards of the candidates at hand, with `strength` as its seed; 0 by default (Thompson 1933).
+
+    The same response gets another draw among other candidates: rounds do not share one reward function.
+    """
 
 
 #: What counts the uncertainty of the deviation from the candidates' mean.

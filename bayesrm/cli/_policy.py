@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from ..alignment import Policy, PolicyLoRA
-from ..data._fields import present
+from ..data._fields import BadRowError, present
 from ..data._prompts import split_prompt
 from ..data.base import read_batches
 from ..data.formats import PROMPT
@@ -63,16 +63,45 @@ def read_prompts(source: str, *, on_bad_row: str = "raise") -> tuple[list[Any], 
     return distinct, refused
 
 
-def read_proposals(
-    source: str, *, on_bad_row: str = "raise"
-) -> tuple[list[Any], list[list[Any]], list[tuple[int, str]]]:
-    """Prompts with given responses, columns `prompt` and `responses`, and index and reason of each row left out.
+@dataclasses.dataclass(frozen=True)
+class Proposals:
+    """Prompts with given responses.
+
+    Attributes:
+        prompts: Strings or lists of messages.
+        responses: For each prompt, its responses.
+        log_probs: Their log-probabilities under what drew them; `None` where the file has none.
+        refused: Index and reason of each row left out.
+    """
+
+    prompts: list[Any]
+    responses: list[list[Any]]
+    log_probs: list[list[float]] | None
+    refused: list[tuple[int, str]]
+
+
+def read_proposals(source: str, *, on_bad_row: str = "raise") -> Proposals:
+    """Reads the columns `prompt`, `responses` and, as `bayesrm propose` writes them, `log_probs`.
 
     Raises:
         DataError: The file or a row cannot be used; the message names them.
     """
-    _, found, refused = read_rows(source, _batches(source, "responses"), parse_candidates, on_bad_row)
-    return [prompt for prompt, _ in found], [responses for _, responses in found], refused
+    _, found, refused = read_rows(source, _batches(source, "responses"), _parse_proposals, on_bad_row)
+    log_probs = [values for _, _, values in found]
+    known = [values for values in log_probs if values is not None]
+    if known and len(known) < len(found):
+        raise DataError("some rows have `log_probs` and some have none; give them for all or for none", source=source)
+    return Proposals([row[0] for row in found], [row[1] for row in found], known or None, refused)
+
+
+def _parse_proposals(row: Mapping[str, Any]) -> Iterator[tuple[Any, list[Any], list[float] | None]]:
+    for prompt, responses in parse_candidates(row):
+        values = row.get("log_probs")
+        if values is not None and (
+            len(values) != len(responses) or not all(isinstance(v, int | float) and v <= 1e-3 for v in values)
+        ):
+            raise BadRowError("`log_probs` must hold a number of at most 0 for each of `responses`")
+        yield prompt, responses, None if values is None else [float(v) for v in values]
 
 
 def _batches(source: str, needed: str) -> Iterator[Any]:

@@ -75,9 +75,12 @@ def run(settings: Namespace, console: Console) -> None:
     method: Method = _parser.built(
         settings.build, settings.get("method"), settings.method_name, "a bayesrm.alignment.Method", Method
     )
-    candidates = None
+    if (target / "manifest.json").exists():
+        raise ArgumentError(f"`--output` {target} is a saved posterior; give the folder of the alignment another name")
+    given = None
     if settings.given:
-        prompts, candidates, refused = read_proposals(settings.prompts, on_bad_row=settings.on_bad_row)
+        given = read_proposals(settings.prompts, on_bad_row=settings.on_bad_row)
+        prompts, refused = given.prompts, given.refused
     else:
         prompts, refused = read_prompts(settings.prompts, on_bad_row=settings.on_bad_row)
     posterior = load_run(settings)
@@ -86,13 +89,16 @@ def run(settings: Namespace, console: Console) -> None:
         console.say(f"{len(refused)} rows refused; the first is row {refused[0][0]}: {refused[0][1]}")
     report = align(
         policy, posterior, prompts, method=method, rounds=settings.rounds,
-        prompts_per_round=settings.prompts_per_round, candidates=candidates, temperature=settings.temperature,
+        prompts_per_round=settings.prompts_per_round, candidates=None if given is None else given.responses,
+        candidate_log_probs=None if given is None else given.log_probs, temperature=settings.temperature,
         generation_batch=settings.generation_batch, budget=Budget(settings.max_kl, settings.max_reward_std),
         training=training_settings(**settings.training.as_dict(), output_dir=str(target)), seed=settings.seed,
         progress=True,
     )  # fmt: skip
     policy.save_pretrained(target / "policy")
-    console.say(_table(report.rounds))
+    if given is not None and given.log_probs is None:
+        console.say("the responses have no `log_probs` and count as draws of the reference policy")
+    console.say(_table([*report.rounds, report.final]))
     if report.stopped is not None:
         console.say(f"stopped after {report.steps} steps: {report.stopped}")
     console.say(f"policy saved to {target / 'policy'}")
@@ -105,6 +111,7 @@ def run(settings: Namespace, console: Console) -> None:
             "stopped": report.stopped,
             "resumed_from": report.resumed_from,
             "rounds": [dataclasses.asdict(r) for r in report.rounds],
+            "final": dataclasses.asdict(report.final),
             "refused": [{"row": row, "reason": reason} for row, reason in refused],
         }
     )

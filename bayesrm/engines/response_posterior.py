@@ -143,6 +143,12 @@ def response_posterior(target: Target, candidates: ScoredCandidates, *, smooth: 
         tensor([[0.8808, 0.1192]])
     """
     log_density = target.log_density(candidates)
+    if not isinstance(log_density, Tensor) or log_density.shape != candidates.mask.shape or log_density.requires_grad:
+        found = tuple(log_density.shape) if isinstance(log_density, Tensor) else type(log_density).__name__
+        raise ArgumentError(
+            f"`log_density` of the target {type(target).__name__} returned {found}; it returns a tensor of shape "
+            f"{tuple(candidates.mask.shape)} without gradients"
+        )
     ratio = (log_density - candidates.log_proposal).masked_fill(~candidates.mask, -math.inf)
     if bool(torch.isnan(ratio).any()) or bool((ratio == math.inf).any()):
         bad = int(torch.nonzero(torch.isnan(ratio) | (ratio == math.inf))[0, 0])

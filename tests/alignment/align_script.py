@@ -52,7 +52,8 @@ METHODS = {
         anchor_rate=0.3, anchor_every=2,
     ),
     "tokens": Method(
-        brm.GoodnessPosterior(), projections.PathConsistency(reversed_roles=0.5), num_candidates=4, anchor_rate=0.5
+        brm.GoodnessPosterior(brm.programs.ExponentialTilt(maximum=0.0)),
+        projections.PathConsistency(reversed_roles=0.5), num_candidates=4, anchor_rate=0.5,
     ),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from bayesrm.alignment.projections import ListwiseCrossEntropy, PathConsistency,
 from bayesrm.alignment.targets import BestOfN
 from bayesrm.engines import response_posterior
 from bayesrm.errors import ArgumentError
-from bayesrm.programs import GoodnessPosterior, ScoredCandidates
+from bayesrm.programs import ExponentialTilt, GoodnessPosterior, ScoredCandidates
 
 BRAIN = Method(GoodnessPosterior(), ListwiseCrossEntropy())
 
@@ -40,7 +40,8 @@ def test_policy_of_the_other_kind_is_refused():
     posterior = BRAIN.weigh(scored())
     tokens = torch.zeros(2, 3, 4)
     paths = TokenPaths(tokens, tokens, torch.ones(2, 3, 4, dtype=torch.bool))
-    soft = Method(GoodnessPosterior(), PathConsistency(), num_candidates=3)
+    tilt = GoodnessPosterior(ExponentialTilt(maximum=0.0))
+    soft = Method(tilt, PathConsistency(), num_candidates=3)
     assert soft.needs_tokens
     assert not BRAIN.needs_tokens
     assert soft.loss(paths, posterior).shape == (2,)

@@ -411,3 +411,26 @@ def test_errors_name_the_argument():
         MirrorDescent(1.0, opponent="nobody")
     with pytest.raises(ArgumentError, match="`payoff` is 'fame'"):
         MirrorDescent(1.0, payoff="fame")
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_win_probabilities_of_draws_are_unbiased(n):
+    # A draw that counted as its own opponent would shrink differences of win probabilities by (n - 1) / n.
+    generator = torch.Generator().manual_seed(0)
+    count, repeats = 5, 40_000
+    policy = torch.rand(count, generator=generator).double().log_softmax(0)
+    scores = torch.randn(count, generator=generator).double()
+    matrix = torch.sigmoid(scores[:, None] - scores[None, :])
+    exact = matrix @ policy.exp()
+    places = torch.multinomial(policy.exp(), repeats * n, replacement=True, generator=generator).reshape(repeats, n)
+    log_probs = policy[places]
+    candidates = ScoredCandidates(
+        brm.RewardBelief(scores[places], torch.zeros(repeats, n, 1, dtype=torch.float64)),
+        reference=log_probs, proposal=log_probs, anchor=log_probs,
+        preferences=matrix[places[:, :, None], places[:, None, :]],
+    )  # fmt: skip
+    wins = MirrorDescent(step=1.0).win_probability(candidates)[:, 0]
+    for response in range(count):
+        found = wins[places[:, 0] == response]
+        error = float(found.std() / len(found) ** 0.5)
+        assert abs(float(found.mean() - exact[response])) < 4.5 * error

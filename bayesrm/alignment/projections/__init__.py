@@ -5,6 +5,7 @@ and the `ResponsePosterior` of the target on the same candidates; it returns a l
 gradient is to be descended. None needs a language model.
 """
 
+from ._pairs import Pairs
 from ._projection import Projection
 from .best_and_worst import BestAndWorst
 from .distributional_policy_gradient import DistributionalPolicyGradient
@@ -13,21 +14,24 @@ from .jeffreys import Jeffreys, MovingAnchorJeffreys
 from .linear_listwise import LinearListwise
 from .listwise_cross_entropy import ListwiseCrossEntropy
 from .noise_contrastive import NoiseContrastive
-from .pairwise_logistic import PairwiseLogistic
+from .pairwise_logistic import Labels, PairwiseLogistic
 from .path_consistency import PathConsistency, TokenPaths
 from .policy_gradient import PolicyGradient
 from .reverse_kl import ReverseKL
-from .squared_log_ratio import SquaredLogRatio
+from .squared_log_ratio import Margin, SquaredLogRatio
 
 __all__ = [
     "BestAndWorst",
     "DistributionalPolicyGradient",
     "ForwardKL",
     "Jeffreys",
+    "Labels",
     "LinearListwise",
     "ListwiseCrossEntropy",
+    "Margin",
     "MovingAnchorJeffreys",
     "NoiseContrastive",
+    "Pairs",
     "PairwiseLogistic",
     "PathConsistency",
     "PolicyGradient",

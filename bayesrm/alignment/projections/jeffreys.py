@@ -55,7 +55,8 @@ class MovingAnchorJeffreys:
     Forward: likelihood of the better draw of the anchor, the best of 2. Backward: policy gradient of the policy's own
     draw with reward `-penalty` where it is worse than both draws of the anchor, and 0 else, less the log-ratio to the
     anchor. `penalty = log 16` makes the reward right for a draw at the anchor's median; the baseline is the mean of the
-    batch's other prompts. `regularisation` adds that multiple of KL(policy || anchor).
+    batch's other prompts (a prompt alone has none, and noisier gradients). `regularisation` adds that multiple of
+    KL(policy || anchor).
 
     The candidates' `sources` must be `("policy", "anchor", "anchor")`. Rewards are those of the target, that is
     `log_density - reference`.

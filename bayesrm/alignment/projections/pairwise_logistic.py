@@ -34,7 +34,7 @@ class PairwiseLogistic:
 
     SAIL: where the pairs are drawn from the policy, their distribution has a gradient too, the log-likelihood of a
     pair's answer times `grad(log q(y_i) + log q(y_j))`. `score_function` is the factor on that term, 1 in the paper's
-    gradient, with the other prompts' mean as baseline.
+    gradient, with the mean of the batch's other prompts as baseline (a prompt alone has none, and noisier gradients).
 
     Attributes:
         beta: In units of reward for a nat.

@@ -4,8 +4,9 @@ A target is anything with `log_density(candidates)`, log pi*(y | x) up to a cons
 `bayesrm.GoodnessPosterior`, the goodness-conditioned posterior and the optimum of RLHF.
 """
 
+from ...engines.response_posterior import Target
 from .best_of_n import BestOfN
 from .chi_squared import ChiSquaredPessimism
 from .mirror_descent import MirrorDescent, Opponent, Payoff
 
-__all__ = ["BestOfN", "ChiSquaredPessimism", "MirrorDescent", "Opponent", "Payoff"]
+__all__ = ["BestOfN", "ChiSquaredPessimism", "MirrorDescent", "Opponent", "Payoff", "Target"]
