@@ -92,7 +92,7 @@ class BRAIn:
         from bayesrm.engines._processes import Processes
 
         model, tokenizer = model_and_tokenizer(size)
-        policy = Policy(model, tokenizer, max_new_tokens=128, max_prompt_tokens=128, chunk_tokens=8192)
+        policy = Policy(model, tokenizer, max_new_tokens=384, max_prompt_tokens=128, chunk_tokens=8192)
         method = Method(brm.GoodnessPosterior(), projections.ListwiseCrossEntropy(), num_candidates=size.candidates)
         table = rows(size)
         given = [row["responses"] for row in table]
