@@ -173,10 +173,8 @@ def test_nash_md_gradient_is_the_papers():
     posterior = method.weigh(on_policy)
     leaf = log_q.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(method.loss(leaf, posterior).sum(), leaf)
-    # Each draw against the others alone.
-    mixture = torch.softmax(0.125 * (candidates.reference - log_q), 1)[:, None, :] * (1.0 - torch.eye(8))
-    mixture = mixture / mixture.sum(2, keepdim=True)
-    wins = torch.einsum("bij,bij->bi", candidates.belief.preference_matrix(), mixture)
+    mixture = torch.softmax(0.125 * (candidates.reference - log_q), 1)
+    wins = torch.einsum("bij,bj->bi", candidates.belief.preference_matrix(), mixture)
     returns = wins - 0.008 * (log_q - candidates.reference)
     baseline = (returns.sum(1, keepdim=True) - returns) / 7
     torch.testing.assert_close(gradient, -0.125 / 0.008 * (returns - baseline) / 8)

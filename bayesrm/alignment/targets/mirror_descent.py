@@ -85,9 +85,10 @@ class MirrorDescent:
         return (1.0 - share) * candidates.previous + share * candidates.reference
 
     def win_probability(self, candidates: ScoredCandidates) -> Float[Tensor, "prompts candidates"]:
-        """P(y preferred to the opponent's response) of each candidate, averaged over the other candidates.
+        """P(y preferred to the opponent's response) of each candidate, averaged over the candidates.
 
-        Over all of them where they are exhaustive; 1/2 where there is no other.
+        Of n draws a single value is shrunk to 1/2 by (n - 1) / n, since a draw ties with itself. Projections use
+        differences within the set, which are right: what a draw loses by the tie, its rivals lose by meeting it.
         """
         opponents = {
             Opponent.PREVIOUS.value: lambda: candidates.previous,
@@ -95,15 +96,8 @@ class MirrorDescent:
             Opponent.REFERENCE.value: lambda: candidates.reference,
         }
         weights = candidates.log_weights_of(opponents[self.opponent]()).exp()
-        against = weights[:, None, :].expand(-1, weights.shape[1], -1)
-        if not candidates.exhaustive:
-            # A draw is no opponent of its own: counted as one half it would shrink all differences by (n - 1) / n.
-            own = torch.eye(weights.shape[1], dtype=torch.bool, device=weights.device)
-            against = against.masked_fill(own, 0.0)
-            against = against / against.sum(2, keepdim=True).clamp_min(torch.finfo(against.dtype).tiny)
-        wins = torch.einsum("bij,bij->bi", candidates.preference_matrix, against)
-        alone = against.sum(2) < 0.5
-        return torch.where(candidates.mask & ~alone, wins, 0.5)
+        wins = torch.einsum("bij,bj->bi", candidates.preference_matrix, weights)
+        return torch.where(candidates.mask, wins, 0.5)
 
     def log_density(self, candidates: ScoredCandidates) -> Float[Tensor, "prompts candidates"]:
         """Log pi_{t+1}(y | x) up to a constant."""
