@@ -88,7 +88,24 @@ def align(
         PersistenceError: `output_dir` holds another run, or cannot be written.
 
     Example:
-        >>> from bayesrm.alignment import align  # see tutorials/brain_with_an_uncertain_reward.ipynb
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> import transformers, bayesrm as brm
+        >>> raw = Tokenizer(models.WordLevel({"<eos>": 0, "no": 1, "yes": 2, "why": 3}, unk_token="why"))
+        >>> raw.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
+        >>> config = transformers.GPT2Config(vocab_size=4, n_embd=8, n_layer=1, n_head=1, n_positions=16,
+        ...                                  bos_token_id=0, eos_token_id=0)
+        >>> policy = Policy(transformers.GPT2LMHeadModel(config), tokenizer, max_prompt_tokens=8, max_new_tokens=4)
+        >>> def counts_yes(prompts, candidates):  # a posterior in earnest
+        ...     mean = torch.zeros(len(candidates), max(map(len, candidates)))
+        ...     for row, texts in enumerate(candidates):
+        ...         mean[row, : len(texts)] = torch.tensor([float(t.split().count("yes")) for t in texts])
+        ...     return brm.RewardBelief(mean, torch.zeros(*mean.shape, 1))
+        >>> brain = Method(brm.GoodnessPosterior(), brm.alignment.projections.ListwiseCrossEntropy())
+        >>> report = align(policy, counts_yes, ["why"], method=brain, rounds=2,
+        ...                training=brm.Training(epochs=1.0, batch_size=1))
+        >>> report.steps, len(report.rounds), abs(report.rounds[0].kl_to_reference) < 1e-5
+        (2, 2, True)
     """
     training = Training(epochs=1.0, batch_size=4) if training is None else training
     per_round = _checked(policy, reward, prompts, method, rounds, prompts_per_round, training, budget)
@@ -139,6 +156,8 @@ def align(
         steps = trainer.state.global_step
         if stopped is None and steps < trainer.state.max_steps:
             stopped = "a callback asked for it"
+        if stopped is None:
+            state.read_earlier(rounds, steps)
         final = state.reports[-1] if state.exceeded else state.measure(rounds, steps)
         report = AlignmentReport(
             rounds=tuple(state.reports),

@@ -153,7 +153,7 @@ class Rounds:
         Raises:
             BudgetReached: The policy has gone too far.
         """
-        self._read_earlier(number, step)
+        self.read_earlier(number, step)
         found, posterior, report = self._round(number, step)
         self.reports.append(report)
         reason = None if self.budget is None else self.budget.exceeded(report)
@@ -166,7 +166,7 @@ class Rounds:
         """What the policy is like after the last round, on the candidates of one more that is not learnt from."""
         return self._round(number, step)[2]
 
-    def _read_earlier(self, number: int, step: int) -> None:
+    def read_earlier(self, number: int, step: int) -> None:
         """The reports of rounds that an interrupted run has made before this one."""
         if self.folder is None or not number:
             return
