@@ -12,9 +12,9 @@ from _alignment_world import World
 from torch import Tensor
 
 import bayesrm as brm
+from bayesrm import _ready_files
 from bayesrm.alignment import Method, games, projections
 from bayesrm.alignment.projections import TokenPaths
-from bayesrm.cli import _shipped
 from bayesrm.programs import ExponentialTilt
 
 TEMPERATURE = 0.5
@@ -58,7 +58,7 @@ class Entry:
 
 def published(name: str, **settings: Any) -> Method:
     """A method of `inference/alignment/`."""
-    method: Method = _shipped.load_build("inference/alignment", name)(**settings)
+    method: Method = _ready_files.load_build("inference/alignment", name)(**settings)
     return method
 
 

@@ -13,7 +13,6 @@ Usage: python benchmarks/alignment_cost.py [--json FILE] [--quick]
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from _child import Child, peak_gib, reset_peak, resident_gib
 from _common import Claim, data_folder, main
-from laplace_lora import peak_gib, reset_peak
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
@@ -185,55 +184,16 @@ def serve(kind: str, size: Size) -> None:
             print(json.dumps(answer), file=answers, flush=True)
 
 
-def resident_gib() -> float:
-    """Resident memory of this process."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 2**20
-
-
-class Child:
-    """A contender in a process of its own."""
-
-    def __init__(self, kind: str, size: Size) -> None:
-        command = [sys.executable, __file__, "--child", kind, json.dumps(dataclasses.asdict(size))]
-        threads = str(size.threads)
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore",
-            "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads,
-        }  # fmt: skip
-        self.kind = kind
-        self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def step(self, prompt: int) -> dict[str, Any]:
-        """A step on a prompt."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{prompt}\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"contender {self.kind!r} died; see its messages above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def run(quick: bool) -> tuple[list[Claim], dict[str, Any]]:
     """Steps in turns."""
     size = QUICK if quick else Size()
-    children = [Child(kind, size) for kind in ("BRAIn", "DPO")]
+    settings = json.dumps(dataclasses.asdict(size))
+    children = [Child(kind, __file__, settings, threads=size.threads) for kind in ("BRAIn", "DPO")]
     found: dict[str, list[dict[str, Any]]] = {child.kind: [] for child in children}
     for turn in range(size.warm_up + size.prompts):
         prompt = turn % size.prompts
         for child in children if turn % 2 else children[::-1]:
-            answer = child.step(prompt)
+            answer = child.ask(str(prompt))
             if turn >= size.warm_up:
                 found[child.kind].append(answer)
     for child in children:

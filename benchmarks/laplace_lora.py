@@ -18,24 +18,23 @@ import dataclasses
 import functools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _child import Child, peak_gib, reset_peak
 from _common import Claim, data_folder, main
 
 import bayesrm as brm
 from bayesrm.diagnostics import Estimate
 from bayesrm.rewards import LoRA
 
-GIB_IN_KIB = 2**20
 MAX_LENGTH, BATCH = 128, 16
 PRECISION = 1.0
 STRUCTURES = ("full", "sketch", "last_layer", "kron", "diag")
@@ -326,60 +325,14 @@ def serve(kind: str, size: Size, adapter: str) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def reset_peak() -> None:
-    """Lets the peak of resident memory start anew, where the kernel allows it."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_gib() -> float:
-    """Peak resident memory of this process since the last reset."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / GIB_IN_KIB
-
-
-class Child:
-    """A contender in a process of its own."""
-
-    def __init__(self, kind: str, size: Size, adapter: str) -> None:
-        command = [sys.executable, __file__, "--child", kind, json.dumps(dataclasses.asdict(size)), adapter]
-        threads = str(size.threads)
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore",
-            "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads,
-        }  # fmt: skip
-        self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.kind = kind
-
-    def ask(self, method: str) -> dict[str, Any]:
-        """Time, peak memory and result of a method."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(method + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"contender {self.kind!r} died in {method!r}; see its messages above")
-        print(f"{time.strftime('%H:%M:%S')} {self.kind} {method}: {line[:100].strip()}", file=sys.stderr, flush=True)
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
 @contextmanager
 def children(kinds: Sequence[str], size: Size, adapter: str) -> Iterator[dict[str, Child]]:
     """Contenders by name, gone at the end."""
     started: dict[str, Child] = {}
     try:
         for kind in kinds:
-            started[kind] = Child(kind, size, adapter)
+            settings = json.dumps(dataclasses.asdict(size))
+            started[kind] = Child(kind, __file__, settings, adapter, threads=size.threads)
         yield started
     finally:
         for child in started.values():

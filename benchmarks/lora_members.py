@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _child import peak_gib, reset_peak
 from _common import Claim, data_folder, main
 
 import bayesrm as brm
@@ -30,7 +31,6 @@ from bayesrm.engines.network_posterior import NetworkDraws
 from bayesrm.rewards import LoRA, LoRANetwork
 
 MEMBERS, MAX_LENGTH, BATCH = 8, 128, 16
-GIB_IN_KIB = 2**20
 PLACEMENTS: dict[str, tuple[tuple[int, ...] | None, float]] = {
     "all layers": (None, 8.5),
     "the last third of the layers": ((4, 5), 3.0),
@@ -94,20 +94,6 @@ def one_after_another(network: LoRANetwork, draws: torch.Tensor, sequences: Sequ
         columns.append(forward(network, sequences))
     network.set_theta(kept)
     return torch.stack(columns, dim=1)
-
-
-def reset_peak() -> None:
-    """Lets the peak of resident memory start anew, where the kernel allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak_gib() -> float:
-    """Peak resident memory of this process since the last reset."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / GIB_IN_KIB
 
 
 def take_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[tuple[float, float]]]:

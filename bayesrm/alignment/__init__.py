@@ -14,6 +14,7 @@ from ._tokens import TokenSequences
 from ._weights import Snapshot
 from .method import Method
 from .monitor import Budget, RoundReport
+from .named import available_methods, load_method
 from .policy import Policy
 from .turn_reward import TurnReward
 
@@ -32,7 +33,9 @@ __all__ = [
     "TokenSequences",
     "TurnReward",
     "align",
+    "available_methods",
     "games",
+    "load_method",
     "multi_turn",
     "projections",
     "rollouts",

@@ -11,8 +11,8 @@ from typing import Any, get_origin
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import restricted_number_type
 
+from .. import _ready_files
 from ..errors import ArgumentError
-from . import _shipped
 
 #: What a random generator takes as seed.
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
@@ -53,7 +53,7 @@ def load_build(kind: str, name: str | None) -> Callable[..., Any] | None:
     if name is None:
         return None
     with contextlib.redirect_stdout(sys.stderr):
-        return _shipped.load_build(kind, name)
+        return _ready_files.load_build(kind, name)
 
 
 def add_flags(

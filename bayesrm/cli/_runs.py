@@ -6,9 +6,9 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from .. import _ready_files
 from ..engines import Posterior
 from ..errors import LikelihoodError
-from . import _shipped
 
 
 def add_run(parser: Any) -> None:
@@ -30,7 +30,7 @@ def load_run(settings: Namespace) -> Posterior:
     """
     if settings.program is not None:
         with contextlib.redirect_stdout(sys.stderr):
-            _shipped.load_module(_shipped.locate("models", settings.program))
+            _ready_files.load_module(_ready_files.locate("models", settings.program))
     try:
         return Posterior.from_pretrained(settings.run)
     except LikelihoodError as error:

@@ -7,11 +7,12 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from .. import _ready_files
 from ..alignment import Budget, Method, align
 from ..alignment.monitor import RoundReport
 from ..engines import training_settings
 from ..errors import ArgumentError
-from . import _parser, _shipped
+from . import _parser
 from ._console import Console
 from ._policy import add_policy, load_policy, read_prompts, read_proposals
 from ._runs import add_run, load_run
@@ -36,7 +37,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
         "Aligns a policy. The same command goes on where an interrupted run stopped. With METHOD, --help shows its "
         "flags.",
     )
-    names = ", ".join(_shipped.names(_KIND))
+    names = ", ".join(_ready_files.names(_KIND))
     parser.add_argument("method_name", metavar="METHOD", help=f"one of {names}, or a path to a .py file with `build`")
     add_policy(parser, trainable=True)
     add_run(parser)

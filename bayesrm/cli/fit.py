@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from .. import _ready_files
 from ..data import Comparisons
 from ..engines import Engine, Posterior, fit, training_settings
 from ..errors import ArgumentError
 from ..programs import RewardModel
 from ..rewards import LoRA, text_head
-from . import _files, _parser, _shipped
+from . import _files, _parser
 from ._console import Console
 
 _SWITCHES = ("--json", "--overwrite", "-h", "--help")
@@ -26,7 +27,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
         "Fits a program to feedback and saves its posterior. With PROGRAM and ENGINE, --help shows their flags.",
     )
     add_program(parser)
-    names = ", ".join([*_shipped.names("inference"), *_shipped.registered()])
+    names = ", ".join([*_ready_files.names("inference"), *_ready_files.registered()])
     parser.add_argument("engine_name", metavar="ENGINE", help=f"one of {names}, or a path to a .py file with `build`")
     add_data(parser)
     parser.add_argument("-o", "--output", metavar="RUN", required=True, help="folder to save the posterior to")
@@ -70,7 +71,7 @@ def run(settings: Namespace, console: Console) -> None:
 
 def add_program(parser: Any) -> None:
     """Adds the argument PROGRAM."""
-    names = ", ".join(_shipped.names("models"))
+    names = ", ".join(_ready_files.names("models"))
     parser.add_argument("program_name", metavar="PROGRAM", help=f"one of {names}, or a path to a .py file with `build`")
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import bayesrm as brm
+from bayesrm import _ready_files
 from bayesrm.alignment import projections, targets
 from bayesrm.alignment.projections import TokenPaths
 from bayesrm.alignment.utilities import UtilityName, make_scores, make_utility
-from bayesrm.cli import _shipped
 from bayesrm.errors import ArgumentError
 from bayesrm.programs import ExponentialTilt, GoodnessPosterior, LogisticGoodness, ScoredCandidates
 from bayesrm.selection import LowerConfidenceBound, RiskAverse, Thompson
@@ -25,7 +25,7 @@ each = pytest.mark.parametrize("name", NAMES)
 
 
 def build(name, **settings):
-    return _shipped.load_build("inference", str(FOLDER / f"{name}.py"))(**settings)
+    return _ready_files.load_build("inference", str(FOLDER / f"{name}.py"))(**settings)
 
 
 def test_all_are_there():
@@ -33,7 +33,7 @@ def test_all_are_there():
         "brain", "dpo", "exo", "gdc", "lire", "rlhf", "sail", "soft_q_learning",
     }  # fmt: skip
     # They are methods and no engines.
-    assert not set(NAMES) & set(_shipped.names("inference"))
+    assert not set(NAMES) & set(_ready_files.names("inference"))
 
 
 @each
@@ -41,7 +41,7 @@ def test_file_is_short_cited_and_documented(name):
     text = (FOLDER / f"{name}.py").read_text()
     assert len(text.splitlines()) <= 50
     assert re.search(r"\b\d{4}\.\d{5}\b|ACL Findings 2024", ast.get_docstring(ast.parse(text)))
-    function = _shipped.load_build("inference", str(FOLDER / f"{name}.py"))
+    function = _ready_files.load_build("inference", str(FOLDER / f"{name}.py"))
     assert inspect.signature(function).return_annotation is brm.alignment.Method
     for argument in inspect.signature(function).parameters.values():
         assert argument.kind is argument.KEYWORD_ONLY

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import bayesrm as brm
+from bayesrm._ready_files import names
 from bayesrm.cli import main
-from bayesrm.cli._shipped import names
 
 RANKED = [
     {"prompt": f"q{i} ?", "responses": ["clear kind", "vague", "rude wrong"], "ranking": [0, 1, 2]} for i in range(6)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import bayesrm as brm
-from bayesrm.cli import _shipped
+from bayesrm import _ready_files
 from bayesrm.errors import ArgumentError, EngineError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,12 +186,12 @@ def test_a_registered_name_makes_the_engine(register):
     cls = brm.engines.load("mine")
     assert cls.__module__ == "good_engine"
     assert brm.fit(MODEL, make_data(), inference="mine").report.engine["settings"]["max_iterations"] == 3
-    assert "mine" in _shipped.registered()
+    assert "mine" in _ready_files.registered()
 
 
 def test_fields_of_plain_types_become_arguments(register):
     register("good-engine", "mine", GOOD)
-    build = _shipped.load_build("inference", "mine")
+    build = _ready_files.load_build("inference", "mine")
     assert list(inspect.signature(build).parameters) == ["steps", "tolerance", "colours", "folder"]
     assert "Args:\n    steps: How many." in inspect.getdoc(build)
     assert build(steps=7).steps == 7
@@ -205,7 +205,7 @@ def test_unknown_names_list_the_known(register):
     with pytest.raises(
         ArgumentError, match=r"no engine `magic`; it is one of .*laplace_diag, .*, map, .*mine, or a path"
     ):
-        _shipped.load_build("inference", "magic")
+        _ready_files.load_build("inference", "magic")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_one_name_of_two_distributions_is_refused(register):
         brm.fit(MODEL, make_data(), inference="laplace")
     register("engine-d", "laplace_full", GOOD)
     with pytest.raises(EngineError, match=r"`laplace_full` is that of .*laplace_full\.py and of a registered engine"):
-        _shipped.load_build("inference", "laplace_full")
+        _ready_files.load_build("inference", "laplace_full")
 
 
 def test_an_engine_without_defaults_is_made_by_its_class(register):

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError, EngineError
+from .errors import ArgumentError, EngineError
 
 #: Folder of each sort of file, and what an error calls one.
 KINDS = {"models": "program", "inference": "engine", "inference/alignment": "alignment method"}
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
 
 
 def folder(kind: str) -> Path:
@@ -46,7 +46,7 @@ def names(kind: str) -> list[str]:
 
 def registered() -> list[str]:
     """Names of the engines that other packages register."""
-    from ..engines import registry
+    from .engines import registry
 
     return list(dict.fromkeys(e.name for e in registry.available() if e.distribution != registry.BUILT_IN))
 
@@ -77,7 +77,7 @@ def load_build(kind: str, name: str) -> Callable[..., Any]:
         EngineError: A registered engine has the name of a shipped file, or cannot be loaded.
     """
     if kind == "inference" and not name.endswith(".py") and name in registered():
-        from ..engines import registry
+        from .engines import registry
 
         if name in names(kind):
             raise EngineError(
@@ -90,6 +90,11 @@ def load_build(kind: str, name: str) -> Callable[..., Any]:
     if not inspect.isfunction(build):
         raise ArgumentError(f"{path} defines no function `build`; see {folder(kind)} for examples")
     return build
+
+
+def settings_of(build: Callable[..., Any]) -> list[str]:
+    """Names of the arguments of a `build`."""
+    return list(inspect.signature(build).parameters)
 
 
 def engine_build(engine: type[Any]) -> Callable[..., Any]:

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import bayesrm as brm
-from bayesrm.cli import _shipped
+from bayesrm import _ready_files
 from bayesrm.errors import ArgumentError
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = [(kind, name) for kind in ("models", "inference") for name in _shipped.names(kind)]
+FILES = [(kind, name) for kind in ("models", "inference") for name in _ready_files.names(kind)]
 LIKELIHOODS = {
     "approval": brm.likelihoods.Approval(),
     "bradley_terry": brm.likelihoods.BradleyTerry(),
@@ -32,22 +32,22 @@ LIKELIHOODS = {
 
 
 def test_names():
-    assert _shipped.names("models") == sorted([*LIKELIHOODS, "gaussian_process", "lora_bradley_terry"])
+    assert _ready_files.names("models") == sorted([*LIKELIHOODS, "gaussian_process", "lora_bradley_terry"])
     structures = ["laplace_diag", "laplace_full", "laplace_kron", "laplace_last_layer", "laplace_sketch"]
-    assert _shipped.names("inference") == ["corrected_laplace", "ensemble", *structures, "map", "nuts", "svi"]
+    assert _ready_files.names("inference") == ["corrected_laplace", "ensemble", *structures, "map", "nuts", "svi"]
 
 
 @pytest.mark.parametrize("name", sorted(LIKELIHOODS))
 def test_program_declares_the_likelihood_with_its_defaults(name):
-    model = _shipped.load_build("models", name)()
+    model = _ready_files.load_build("models", name)()
     assert model == brm.RewardModel(brm.rewards.Linear(), LIKELIHOODS[name], brm.priors.Gaussian(1.0))
 
 
 def test_adapters_have_the_settings_of_the_paper_and_every_program_takes_them():
-    model = _shipped.load_build("models", "lora_bradley_terry")(encoder="any/model")
+    model = _ready_files.load_build("models", "lora_bradley_terry")(encoder="any/model")
     assert model.reward == brm.rewards.LoRA("any/model", rank=8, alpha=16.0, dropout=0.1)
     for name, likelihood in LIKELIHOODS.items():
-        model = _shipped.load_build("models", name)(encoder="any/model", lora_rank=4, lora_targets=["q", "v"])
+        model = _ready_files.load_build("models", name)(encoder="any/model", lora_rank=4, lora_targets=["q", "v"])
         assert model.likelihood == likelihood
         assert model.reward == brm.rewards.LoRA("any/model", rank=4, target_modules=("q", "v"))
 
@@ -60,7 +60,7 @@ def test_adapters_need_an_encoder_and_no_settings_of_features():
 
 
 def test_gaussian_process_has_its_defaults_and_no_settings_of_other_heads():
-    build = _shipped.load_build("models", "gaussian_process")
+    build = _ready_files.load_build("models", "gaussian_process")
     assert build() == brm.RewardModel(brm.rewards.GaussianProcess(), brm.likelihoods.BradleyTerry())
     expected = brm.rewards.GaussianProcess(kernel="matern52", lengthscale=2.0)
     assert build(kernel="matern52", lengthscale=2.0).reward == expected
@@ -71,7 +71,7 @@ def test_gaussian_process_has_its_defaults_and_no_settings_of_other_heads():
 
 @pytest.mark.parametrize("name", ["label_noise", "length_bias", "rater_reliability"])
 def test_ties_are_optional(name):
-    assert _shipped.load_build("models", name)(ties=True).likelihood.base == brm.likelihoods.Davidson()
+    assert _ready_files.load_build("models", name)(ties=True).likelihood.base == brm.likelihoods.Davidson()
 
 
 @pytest.mark.parametrize(
@@ -90,17 +90,17 @@ def test_ties_are_optional(name):
     ],
 )
 def test_engine_has_its_defaults(name, engine):
-    assert _shipped.load_build("inference", name)() == engine
+    assert _ready_files.load_build("inference", name)() == engine
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
 def test_file_is_short_cited_and_documented(kind, name):
-    path = _shipped.locate(kind, name)
+    path = _ready_files.locate(kind, name)
     text = path.read_text()
     assert len(text.splitlines()) <= 40
     # A source: a year of print, or an arXiv number.
     assert re.search(r"\b(19|20)\d\d\b|\b\d{4}\.\d{5}\b", ast.get_docstring(ast.parse(text)))
-    build = _shipped.load_build(kind, name)
+    build = _ready_files.load_build(kind, name)
     documentation = inspect.getdoc(build)
     for argument in inspect.signature(build).parameters.values():
         assert argument.annotation is not argument.empty
@@ -113,9 +113,9 @@ def test_unknown_name_lists_the_known():
     with pytest.raises(
         ArgumentError, match=r"no engine `magic`; it is one of .*laplace_diag, laplace_full, .*, map, .*or"
     ):
-        _shipped.locate("inference", "magic")
+        _ready_files.locate("inference", "magic")
     with pytest.raises(ArgumentError, match=r"no program file absent\.py"):
-        _shipped.locate("models", "absent.py")
+        _ready_files.locate("models", "absent.py")
 
 
 def test_packed_files_come_first(tmp_path, monkeypatch):
@@ -125,13 +125,13 @@ def test_packed_files_come_first(tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     (tmp_path / "inference").mkdir()
     (tmp_path / "inference" / "root.py").touch()
-    monkeypatch.setattr(_shipped, "_PACKAGE", tmp_path / "bayesrm")
-    assert _shipped.names("models") == ["only"]
-    assert _shipped.names("inference") == ["root"]
+    monkeypatch.setattr(_ready_files, "_PACKAGE", tmp_path / "bayesrm")
+    assert _ready_files.names("models") == ["only"]
+    assert _ready_files.names("inference") == ["root"]
     (tmp_path / "inference" / "root.py").unlink()
     (tmp_path / "inference").rmdir()
     with pytest.raises(ArgumentError, match="no folder `inference`"):
-        _shipped.names("inference")
+        _ready_files.names("inference")
 
 
 def test_text_head_makes_both_heads():
@@ -146,7 +146,7 @@ def test_text_head_makes_both_heads():
 def test_wheel_packs_the_files(tmp_path):
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     # A folder inside another is packed with it.
-    assert settings["force-include"] == {k: f"bayesrm/_shipped/{k}" for k in _shipped.KINDS if "/" not in k}
+    assert settings["force-include"] == {k: f"bayesrm/_shipped/{k}" for k in _ready_files.KINDS if "/" not in k}
     uv = Path(sys.executable).parent / "uv"
     if not uv.exists():
         pytest.skip("uv, which builds the wheel, is not installed")
