@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     )
     from .backend import dist, ops, plate, sample
     from .beliefs import RewardBelief
-    from .data import Comparisons, Conversations, Corrections, Demonstrations
+    from .data import Comparisons, Conversations, Corrections, Demonstrations, Trajectories
     from .engines import (
+        AVRIL,
         MAP,
         NUTS,
         SVI,
@@ -51,10 +52,12 @@ if TYPE_CHECKING:
         fit,
     )
     from .errors import BayesRMError
-    from .programs import GoodnessPosterior, RewardModel
+    from .programs import GoodnessPosterior, InverseRL, LanguageFeedback, RewardModel
     from .selection import select
+    from .token_beliefs import TokenBelief
 
 __all__ = [
+    "AVRIL",
     "MAP",
     "NUTS",
     "SVI",
@@ -67,12 +70,16 @@ __all__ = [
     "Enumeration",
     "GoodnessPosterior",
     "ImportanceSampling",
+    "InverseRL",
+    "LanguageFeedback",
     "Laplace",
     "Posterior",
     "ResponsePosterior",
     "RewardBelief",
     "RewardModel",
+    "TokenBelief",
     "Training",
+    "Trajectories",
     "alignment",
     "backend",
     "beliefs",
@@ -97,8 +104,9 @@ __all__ = [
 _HOMES = {
     "backend": ("dist", "ops", "plate", "sample"),
     "beliefs": ("RewardBelief",),
-    "data": ("Comparisons", "Conversations", "Corrections", "Demonstrations"),
+    "data": ("Comparisons", "Conversations", "Corrections", "Demonstrations", "Trajectories"),
     "engines": (
+        "AVRIL",
         "MAP",
         "NUTS",
         "SVI",
@@ -112,8 +120,9 @@ _HOMES = {
         "fit",
     ),
     "errors": ("BayesRMError",),
-    "programs": ("GoodnessPosterior", "RewardModel"),
+    "programs": ("GoodnessPosterior", "InverseRL", "LanguageFeedback", "RewardModel"),
     "selection": ("select",),
+    "token_beliefs": ("TokenBelief",),
 }
 
 if not TYPE_CHECKING:

@@ -32,9 +32,12 @@ LIKELIHOODS = {
 
 
 def test_names():
-    assert _ready_files.names("models") == sorted([*LIKELIHOODS, "gaussian_process", "lora_bradley_terry"])
+    others = ["ava", "avril", "gaussian_process", "language_feedback", "lora_bradley_terry"]
+    assert _ready_files.names("models") == sorted([*LIKELIHOODS, *others])
     structures = ["laplace_diag", "laplace_full", "laplace_kron", "laplace_last_layer", "laplace_sketch"]
-    assert _ready_files.names("inference") == ["corrected_laplace", "ensemble", *structures, "map", "nuts", "svi"]
+    assert _ready_files.names("inference") == sorted(
+        ["ava", "avril", "corrected_laplace", "ensemble", *structures, "map", "nuts", "svi"]
+    )
 
 
 @pytest.mark.parametrize("name", sorted(LIKELIHOODS))

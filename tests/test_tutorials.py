@@ -39,6 +39,12 @@ SHOWN = {
         "resumed from checkpoint-6 and finished at step 12",
         "the run that was not killed: 0.0",
     ],
+    "which_words_earned_the_reward": [
+        "correlation with the true rewards, behind `not`: 0.7",
+        "central 90% intervals hold 100%",
+        "weight 1: mean std 0.07",
+        "sum -0.63 -> -3.00",
+    ],
     "can_i_trust_this_posterior": [
         "no sign of trouble",
         "chains disagree; run them longer",

@@ -3,14 +3,15 @@
 A `Method` is a target, a projection onto it and a proposal; `align` runs its rounds on a language model.
 """
 
+from ..rewards._token_log_probs import TokenLogProbs
+from ..rewards._tokens import TokenSequences
 from . import games, multi_turn, projections, rollouts, targets, utilities
 from ._align import align
 from ._generation import GeneratedResponse
-from ._policy_loading import PolicyLoRA
+from ._policy_lora import PolicyLoRA
 from ._report import AlignmentReport
 from ._scoring import Preferences, Reward
-from ._sequence_log_probs import TokenLogProbs
-from ._tokens import TokenSequences
+from ._token_rewards import PredictsTokens
 from ._weights import Snapshot
 from .method import Method
 from .monitor import Budget, RoundReport
@@ -25,6 +26,7 @@ __all__ = [
     "Method",
     "Policy",
     "PolicyLoRA",
+    "PredictsTokens",
     "Preferences",
     "Reward",
     "RoundReport",

@@ -19,6 +19,7 @@ from ._propose import Proposer, check_given
 from ._report import AlignmentReport, finish, load_finished
 from ._run_identity import run_identity
 from ._scoring import Predicts, Preferences, Reward
+from ._token_rewards import PredictsTokens
 from .method import Method
 from .monitor import Budget
 from .policy import Policy
@@ -57,8 +58,9 @@ def align(
 
     Args:
         policy: The policy; its `reference` is p0.
-        reward: A posterior over rewards, or a function with the arguments of its `predict`. A run that is resumed knows
-            a posterior by its tensors, and a function by its name and code, not by what it refers to.
+        reward: A posterior over rewards, or a function with the arguments of its `predict`; one that predicts tokens
+            where the method's projection takes their rewards. A run that is resumed knows a posterior by its tensors,
+            and a function by its name and code, not by what it refers to.
         prompts: Prompts, strings or lists of messages.
         method: Target, projection and proposal, for instance `inference/alignment/brain.py`.
         rounds: Rounds.
@@ -220,6 +222,12 @@ def _checked(
         raise ArgumentError(f"`method` is {method!r}; it is a Method(...)")
     if isinstance(reward, type) or not (isinstance(reward, Predicts) or callable(reward)):
         raise ArgumentError(f"`reward` is {reward!r}; it is a posterior, or a function like its `predict`")
+    if method.needs_token_rewards and not isinstance(reward, PredictsTokens):
+        raise ArgumentError(
+            f"`reward` is a {type(reward).__name__}, which does not predict rewards of tokens, and "
+            f"{type(method.projection).__name__} takes them; give a posterior with `predict_tokens`, such as that of "
+            "InverseRL, or a projection of whole responses"
+        )
     if isinstance(prompts, str) or not len(prompts):
         raise ArgumentError("`prompts` must be a list of at least one prompt")
     if not isinstance(budget, Budget | None):

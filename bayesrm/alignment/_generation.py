@@ -13,8 +13,8 @@ from .._typing import Tensor
 from ..errors import ArgumentError, EngineError
 from ..rewards._checks import check_integer
 from ..rewards._lora_loading import accepts
-from ._sequence_log_probs import device_of, evaluating, lock_of, mixed_logits
-from ._tokens import TokenSequences
+from ..rewards._token_log_probs import device_of, evaluating, lock_of, mixed_logits
+from ..rewards._tokens import TokenSequences
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A round's candidates: drawn from the method's proposals, scored, and given their log-probabilities."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,11 @@ from ..data.rendering import Content
 from ..engines._processes import Processes
 from ..errors import ArgumentError
 from ..programs import ScoredCandidates
+from ..rewards._tokens import TokenSequences
 from ._generation import GeneratedResponse
-from ._round import Round
+from ._round import ALONG_TOKENS, Round
 from ._scoring import Preferences, Reward, check_preferences, score
-from ._tokens import TokenSequences
+from ._token_rewards import token_rewards
 from ._weights import Snapshot
 from .method import Method
 from .policy import Policy
@@ -73,14 +75,20 @@ class Proposer:
         with torch.no_grad():
             now = shaped(self.policy.log_probs(sequences))
             with self.policy.using(self.policy.reference):
-                reference = shaped(self.policy.log_probs(sequences))
+                of_reference = self.policy.token_log_probs(sequences)
+            reference = shaped(of_reference.sums())
             log_anchor, along = now.clone(), dict[str, Tensor]()
+            if self.method.needs_token_rewards:
+                # `align` has checked both.
+                reward, projection = typing.cast(Any, self.reward), typing.cast(Any, self.method.projection)
+                rewards = token_rewards(reward, projection, self.policy, prompts, texts, sequences)
+                along = {"token_rewards": rewards, "token_reference": shaped(of_reference.log_probs)}
             if anchor is not None or self.method.needs_tokens:
                 with self.policy.using(self.policy.snapshot() if anchor is None else anchor):
                     tokens = self.policy.token_log_probs(sequences)
                 log_anchor = shaped(tokens.sums())
                 if self.method.needs_tokens:
-                    along = {
+                    along |= {
                         "target_values": shaped(tokens.log_normalisers),
                         "target_log_probs": shaped(tokens.log_probs),
                     }
@@ -160,7 +168,7 @@ def _joined(parts: list[Round], count: int) -> Round:
         },
     ).select(torch.tensor(places))
     along: dict[str, Any] = {}
-    for name in ("policy", "target_values", "target_log_probs"):
+    for name in ("policy", *ALONG_TOKENS):
         tensor = joined([getattr(part, name) for part in parts])
         along[name] = None if tensor is None else tensor[places]
     n, texts = parts[0].num_candidates, [texts for part in parts for texts in part.texts]

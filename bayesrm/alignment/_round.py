@@ -15,7 +15,10 @@ from torch import Tensor
 from ..beliefs import RewardBelief
 from ..errors import PersistenceError
 from ..programs import ScoredCandidates
-from ._tokens import TokenSequences
+from ..rewards._tokens import TokenSequences
+
+#: What a round may hold of each token, shape `(B, n, T)`.
+ALONG_TOKENS = ("target_values", "target_log_probs", "token_rewards", "token_reference")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +33,8 @@ class Round:
         policy: log-probabilities under the policy when the round began, shape `(B, n)`.
         target_values: The anchor's log-normalisers at each token, shape `(B, n, T)`, for path consistency.
         target_log_probs: The anchor's log-probabilities of each token, for the same.
+        token_rewards: What stands for the reward of each token, shape `(B, n, T)`, for a token policy gradient.
+        token_reference: The reference's log-probabilities of each token, for the same.
     """
 
     prompts: Tensor
@@ -39,6 +44,8 @@ class Round:
     policy: Tensor
     target_values: Tensor | None = None
     target_log_probs: Tensor | None = None
+    token_rewards: Tensor | None = None
+    token_reference: Tensor | None = None
 
     @property
     def num_candidates(self) -> int:
@@ -71,7 +78,7 @@ class Round:
         }
         optional = {
             "draws": c.belief.draws, "proposal": c.proposal, "anchor": c.anchor, "preferences": c.preferences,
-            "target_values": self.target_values, "target_log_probs": self.target_log_probs,
+            **{name: getattr(self, name) for name in ALONG_TOKENS},
         }  # fmt: skip
         tensors |= {name: value for name, value in optional.items() if value is not None}
         metadata = {"texts": json.dumps(self.texts), "sources": json.dumps(c.sources)}
@@ -109,8 +116,8 @@ class Round:
             tuple(tensors["ended"].tolist()),
         )
         return cls(
-            tensors["prompts"], sequences, texts, candidates, tensors["policy"], tensors.get("target_values"),
-            tensors.get("target_log_probs"),
+            tensors["prompts"], sequences, texts, candidates, tensors["policy"],
+            **{name: tensors.get(name) for name in ALONG_TOKENS},
         )  # fmt: skip
 
 

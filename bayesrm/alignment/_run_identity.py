@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xxhash
 
+from ..engines.token_posterior import TokenPosterior
 from ..engines.training import Training
 from ._weights import Snapshot
 from .policy import Policy
@@ -53,15 +54,15 @@ def weights_digest(snapshot: Snapshot) -> str:
     digest = xxhash.xxh3_128()
     for name, value in sorted(snapshot.values.items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return str(digest.hexdigest())
 
 
 def described(value: Any, depth: int = 0) -> Any:
     """Settings as JSON values that are the same in another process: objects by their class and what they hold.
 
-    Functions count by their code, defaults and what they close over; posteriors and arrays by a digest of their
-    numbers. What is nested too deeply counts by its class.
+    Functions count by their code, defaults and what they close over; posteriors, networks and arrays by a digest of
+    their numbers. What is nested too deeply counts by its class.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -83,8 +84,13 @@ def described(value: Any, depth: int = 0) -> Any:
     if isinstance(value, functools.partial):
         return [described(part, depth + 1) for part in (value.func, value.args, value.keywords)]
     state = getattr(value, "_state", None)
-    if callable(state):
-        held: Any = state()
+    if isinstance(value, torch.nn.Module):
+        held: Any = {"weights": weights_digest(Snapshot(value.state_dict()))}
+    elif callable(state):
+        held = dict(state())
+        if isinstance(value, TokenPosterior):
+            # Its tensors are the likelihood's latents alone; the network has weights of its own.
+            held |= {"reward": value.head}
     elif dataclasses.is_dataclass(value):
         held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     else:

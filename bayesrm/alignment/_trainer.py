@@ -17,13 +17,14 @@ from ..engines._run_folder import RunFolder
 from ..engines.response_posterior import ResponsePosterior
 from ..engines.training import Training
 from ..errors import ArgumentError, EngineError
+from ..rewards._tokens import TokenSequences
 from ._propose import Proposer
 from ._round import Round
 from ._weights import Snapshot
 from .method import Method
 from .monitor import Budget, RoundReport
 from .policy import Policy
-from .projections import TokenPaths
+from .projections import RewardedTokens, TokenPaths
 
 _POLICY, _ANCHOR = "policy.safetensors", "anchor.safetensors"
 
@@ -96,20 +97,33 @@ class ProjectionLoss(torch.nn.Module):
         found, rows = self._round, places.cpu()
         posterior = _part(self._posterior, rows, self._policy.device)
         sequences, shape = found.sequences_of(rows.tolist()), (len(rows), found.num_candidates)
+        policy: Any
         if self._method.needs_tokens:
-            assert found.target_values is not None
-            assert found.target_log_probs is not None
-            tokens = self._policy.token_log_probs(sequences)
-            along = (*shape, tokens.log_probs.shape[1])
-            fixed = [t[rows, :, : along[2]].to(tokens.log_probs) for t in (found.target_values, found.target_log_probs)]
-            policy: Any = TokenPaths(
-                tokens.log_probs.reshape(along), fixed[0], tokens.mask.reshape(along),
-                tokens.log_normalisers.reshape(along), fixed[1],
-            )  # fmt: skip
+            log_probs, normalisers, mask, values, fixed = self._along(
+                sequences, shape, (found.target_values, found.target_log_probs), rows
+            )
+            policy = TokenPaths(log_probs, values, mask, normalisers, fixed)
+        elif self._method.needs_token_rewards:
+            log_probs, _, mask, rewards, reference = self._along(
+                sequences, shape, (found.token_rewards, found.token_reference), rows
+            )
+            policy = RewardedTokens(log_probs, reference, rewards, mask)
         else:
             policy = self._policy.log_probs(sequences).reshape(shape)
         losses = self._method.loss(policy, posterior)
         return losses.sum() * self._per_pass / len(found.prompts)
+
+    def _along(
+        self, sequences: TokenSequences, shape: tuple[int, int], fixed: Sequence[Tensor | None], rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Log-probabilities, log-normalisers and mask of tokens, and what is fixed about them, all `(b, n, T)`."""
+        tokens = self._policy.token_log_probs(sequences)
+        along = (*shape, tokens.log_probs.shape[1])
+        found = [part.reshape(along) for part in (tokens.log_probs, tokens.log_normalisers, tokens.mask)]
+        for values in fixed:
+            assert values is not None
+            found.append(values[rows, :, : along[2]].to(tokens.log_probs))
+        return tuple(found)
 
 
 def _part(posterior: ResponsePosterior, rows: Tensor, device: torch.device) -> ResponsePosterior:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..engines.response_posterior import ResponsePosterior, Target, response_posterior
 from ..errors import ArgumentError
 from ..programs import ExponentialTilt, ScoredCandidates
-from .projections import PathConsistency, Projection, TokenPaths
+from .projections import PathConsistency, Projection, RewardedTokens, TokenPaths, TokenPolicyGradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Method:
     """
 
     target: Target
-    projection: Projection | PathConsistency
+    projection: Projection | PathConsistency | TokenPolicyGradient
     proposal: str | tuple[str, ...] = "policy"
     num_candidates: int = 8
     anchor_rate: float = 1.0
@@ -86,6 +86,11 @@ class Method:
         """Whether the projection takes token-level paths instead of log-probabilities of whole responses."""
         return isinstance(self.projection, PathConsistency)
 
+    @property
+    def needs_token_rewards(self) -> bool:
+        """Whether the projection takes rewards of tokens, which not every posterior predicts."""
+        return bool(getattr(self.projection, "needs_token_rewards", False))
+
     def weigh(self, candidates: ScoredCandidates) -> ResponsePosterior:
         """The target on these candidates.
 
@@ -95,21 +100,25 @@ class Method:
         return response_posterior(self.target, candidates, smooth=False)
 
     def loss(
-        self, policy: Float[Tensor, "prompts candidates"] | TokenPaths, posterior: ResponsePosterior
+        self,
+        policy: Float[Tensor, "prompts candidates"] | TokenPaths | RewardedTokens,
+        posterior: ResponsePosterior,
     ) -> Float[Tensor, "prompts"]:
         """Loss of each prompt, to be descended.
 
         Args:
-            policy: log q(y | x) of the candidates, with gradients; `TokenPaths` where `needs_tokens`.
+            policy: log q(y | x) of the candidates, with gradients; `TokenPaths` where `needs_tokens`, `RewardedTokens`
+                where `needs_token_rewards`.
             posterior: What `weigh` returned for them.
 
         Raises:
-            ArgumentError: `policy` is of the other kind than the projection takes.
+            ArgumentError: `policy` is of another kind than the projection takes.
         """
-        if isinstance(policy, TokenPaths) != self.needs_tokens:
-            takes = "TokenPaths" if self.needs_tokens else "log-probabilities of shape (B, n)"
+        takes: type = TokenPaths if self.needs_tokens else RewardedTokens if self.needs_token_rewards else Tensor
+        if not isinstance(policy, takes):
+            wanted = "log-probabilities of shape (B, n)" if takes is Tensor else takes.__name__
             raise ArgumentError(
-                f"`policy` is a {type(policy).__name__}; {type(self.projection).__name__} takes {takes}"
+                f"`policy` is a {type(policy).__name__}; {type(self.projection).__name__} takes {wanted}"
             )
         project: Any = self.projection
         losses: Tensor = project(policy, posterior)

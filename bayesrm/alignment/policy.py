@@ -14,11 +14,7 @@ from jaxtyping import Float
 from .._typing import Tensor
 from ..data.rendering import Content
 from ..errors import ArgumentError, EngineError, PersistenceError
-from ..rewards._checks import check_choice, check_device, check_integer
-from ..rewards._encoder import Encoder
-from ._generation import GeneratedResponse, as_sequences, draw, uniform_numbers
-from ._policy_loading import (
-    PolicyLoRA,
+from ..rewards._causal_lm import (
     base_of_adapter,
     checkpoint_activations,
     load_model,
@@ -26,8 +22,12 @@ from ._policy_loading import (
     with_adapters,
     without_dropout,
 )
-from ._sequence_log_probs import Scorer, TokenLogProbs, device_of, lock_of
-from ._tokens import Codec, TokenSequences, stop_tokens
+from ..rewards._checks import check_choice, check_device, check_integer
+from ..rewards._encoder import Encoder
+from ..rewards._token_log_probs import Scorer, TokenLogProbs, device_of, lock_of
+from ..rewards._tokens import Codec, TokenSequences, stop_tokens
+from ._generation import GeneratedResponse, as_sequences, draw, uniform_numbers
+from ._policy_lora import PolicyLoRA
 from ._weights import Snapshot, assign, swapped, take_snapshot
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")

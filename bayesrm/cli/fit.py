@@ -1,6 +1,7 @@
 """`bayesrm fit`: a program, an engine and data make a posterior on disk."""
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from jsonargparse import Namespace
 
 from .. import _ready_files
-from ..data import Comparisons
-from ..engines import Engine, Posterior, fit, training_settings
-from ..errors import ArgumentError
+from ..data import Comparisons, Trajectories
+from ..data.records import Records
+from ..engines import Engine, Posterior, Program, fit, training_settings
+from ..errors import ArgumentError, DataError
 from ..programs import RewardModel
 from ..rewards import LoRA, text_head
 from . import _files, _parser
@@ -50,9 +52,10 @@ def run(settings: Namespace, console: Console) -> None:
     engine = _parser.built(
         settings.builds[1], settings.get("engine"), settings.engine_name, "an engine such as Laplace", Engine
     )
-    data = load_data(settings)
+    data = load_data(settings, model.data_type)
     console.say(f"{data.summary()}\n")
-    check_encoder(model, data, settings.data_source)
+    if isinstance(model, RewardModel) and isinstance(data, Comparisons):
+        check_encoder(model, data, settings.data_source)
     posterior = fit(model, data, inference=engine, seed=settings.seed, progress=True)
     posterior.save_pretrained(target)
     console.say(f"{posterior.summary()}\nsaved to {target}")
@@ -92,17 +95,27 @@ def add_data(parser: Any) -> None:
     _parser.add_flags(parser, Comparisons.load, "data", "flags of the reader", skip=unused)
 
 
-def build_program(build: Any, settings: Namespace) -> RewardModel:
+def build_program(build: Any, settings: Namespace, accepted: Any = Program) -> Any:
     """The program with its flags applied."""
-    model: RewardModel = _parser.built(
-        build, settings.get("program"), settings.program_name, "a bayesrm.RewardModel", RewardModel
-    )
-    return model
+    expected = "a program such as bayesrm.RewardModel" if accepted is Program else f"a bayesrm.{accepted.__name__}"
+    return _parser.built(build, settings.get("program"), settings.program_name, expected, accepted)
 
 
-def load_data(settings: Namespace) -> Comparisons:
-    """The feedback that the command line names."""
-    return Comparisons.load(settings.data_source, **settings.data.as_dict())
+def load_data(settings: Namespace, kinds: Any = Comparisons) -> Any:
+    """What the command line names, as the first of the types of data whose reader knows its columns.
+
+    Raises:
+        DataError: It can be read as none of them.
+    """
+    given = settings.data.as_dict()
+    refused: list[DataError] = []
+    for kind in kinds if isinstance(kinds, tuple) else (kinds,):
+        known = inspect.signature(kind.load).parameters
+        try:
+            return kind.load(settings.data_source, **{k: v for k, v in given.items() if k in known})
+        except DataError as error:
+            refused.append(error)
+    raise refused[0]
 
 
 def check_encoder(model: RewardModel, data: Comparisons, source: str) -> None:
@@ -118,13 +131,19 @@ def check_encoder(model: RewardModel, data: Comparisons, source: str) -> None:
         )
 
 
-def describe(data: Comparisons) -> dict[str, Any]:
+def describe(data: Comparisons | Records | Trajectories) -> dict[str, Any]:
     """What was read, as JSON values."""
+    if isinstance(data, Trajectories):
+        return {"rows": len(data), "kinds": ["trajectory"]}
+    if isinstance(data, Comparisons):
+        items, kinds = data.num_items, list(data.kinds)
+    else:
+        items, kinds = len(data), [type(data).__name__.lower()]
     return {
         "rows": len(data),
-        "items": data.num_items,
+        "items": items,
         "prompts": data.num_prompts,
-        "kinds": list(data.kinds),
+        "kinds": kinds,
         "refused": [{"row": row, "reason": reason} for row, reason in data.refused],
     }
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jsonargparse import Namespace
 
+from ..programs import RewardModel
 from . import _files, _parser
 from ._console import Console, dump
 from .fit import add_data, add_program, add_program_flags, build_program, check_encoder, describe, load_data
@@ -40,7 +41,7 @@ def run(settings: Namespace, console: Console) -> None:
     """Draws and writes."""
     target = _files.check_output_file(settings.output, ".parquet", overwrite=settings.overwrite)
     truth = _files.check_output_file(str(target.with_suffix(".truth.json")), ".json", overwrite=settings.overwrite)
-    model = build_program(settings.build, settings)
+    model = build_program(settings.build, settings, RewardModel)
     data = load_data(settings)
     console.say(f"{data.summary()}\n")
     check_encoder(model, data, settings.data_source)

@@ -7,6 +7,7 @@ from .demonstrations import Demonstrations
 from .examples import QualityPrompt, load_quality_rankings, quality_comparisons
 from .groups import Comparison, FeedbackGroup
 from .rendering import Shortened, render, shorten
+from .trajectories import Trajectories
 
 __all__ = [
     "Comparison",
@@ -17,6 +18,7 @@ __all__ = [
     "FeedbackGroup",
     "QualityPrompt",
     "Shortened",
+    "Trajectories",
     "load_quality_rankings",
     "quality_comparisons",
     "render",

@@ -28,6 +28,7 @@ from .brier import BrierDecomposition, brier_decomposition, brier_score
 from .calibration import CalibrationCheck, check_calibration
 from .convergence import Convergence, convergence, of_chains
 from .coverage import Coverage, coverage
+from .credit import Credit, credit, credit_html, credit_table, save_credit_html
 from .events import Events, predicted_events, randomised_pit, top_label
 from .feedback_statistics import (
     STATISTICS,
@@ -76,6 +77,7 @@ __all__ = [
     "CalibrationCheck",
     "Convergence",
     "Coverage",
+    "Credit",
     "CurveDifference",
     "Estimate",
     "Events",
@@ -112,6 +114,9 @@ __all__ = [
     "compare_rewardbench_models",
     "convergence",
     "coverage",
+    "credit",
+    "credit_html",
+    "credit_table",
     "ecdf_band",
     "evaluate_rewardbench",
     "first_place_entropy",
@@ -143,6 +148,7 @@ __all__ = [
     "report",
     "rewardbench_scores",
     "risk_coverage",
+    "save_credit_html",
     "score",
     "score_by_kind",
     "simulation_based_calibration",

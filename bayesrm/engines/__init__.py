@@ -5,7 +5,8 @@ from ._density import FeedbackDensity
 from ._gaussian_fit import PriorPrecision
 from ._schema import FeedbackSchema
 from ._tangent import Coordinates
-from .base import Engine, fit
+from .avril import AVRIL, NextValue
+from .base import Engine, Program, fit
 from .draws import JointDraws
 from .draws_posterior import DrawsPosterior
 from .ensemble import Ensemble, Randomisation
@@ -23,10 +24,13 @@ from .report import FitReport
 from .response_posterior import ResponsePosterior, Target, response_posterior
 from .sample_selection import SampleSelection, SelectedSamples, select_samples
 from .svi import SVI, GuideFamily
+from .token_posterior import TokenPosterior
 from .training import Training, TrainingReport
 from .training_settings import training_settings
+from .trajectory_posterior import TrajectoryPosterior
 
 __all__ = [
+    "AVRIL",
     "MAP",
     "NUTS",
     "SVI",
@@ -50,9 +54,11 @@ __all__ = [
     "MassMatrix",
     "NetworkDraws",
     "NetworkPosterior",
+    "NextValue",
     "Posterior",
     "PrecisionGroups",
     "PriorPrecision",
+    "Program",
     "Randomisation",
     "RegisteredEngine",
     "ResponsePosterior",
@@ -61,8 +67,10 @@ __all__ = [
     "SelectedSamples",
     "Structure",
     "Target",
+    "TokenPosterior",
     "Training",
     "TrainingReport",
+    "TrajectoryPosterior",
     "available",
     "fit",
     "load",

@@ -1,5 +1,6 @@
 """Chains of NumPyro's no-U-turn sampler, compiled once for all data of one shape."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from tqdm import tqdm
 
 from .._typing import Tensor
 from ..backend import convert
-from ._jax_density import JaxDensity, arrays_of, density_of, double_precision
+from ._jax_density import arrays_of, density_of, double_precision
 from ._problem import Problem
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ def _chunk(settings: "NUTS", progress: bool) -> int:
     return max(size for size in range(1, max(1, total // 20) + 1) if total % size == 0)
 
 
-def _compile(settings: "NUTS", density: JaxDensity, given: bool, chunk: int, together: bool) -> tuple[Any, Any]:
+def _compile(
+    settings: "NUTS", density: Callable[[Any, tuple[Any, ...]], Any], given: bool, chunk: int, together: bool
+) -> tuple[Any, Any]:
     """Compiled functions that start chains and advance them by `chunk` steps."""
     import jax
     import jax.numpy as jnp

@@ -21,7 +21,7 @@ from ..errors import LikelihoodChangedWarning, PersistenceError
 from ..likelihoods import base as likelihoods
 from ..priors import Gaussian
 from ..programs import RewardModel
-from ..rewards import MLP, FeatureExtractor, KernelHead, Linear, LoRA, PairwiseHead
+from ..rewards import MLP, FeatureExtractor, KernelHead, Linear, LoRA, PairwiseHead, TokenRewardHead
 from ..rewards._subspaces import subspace_from
 from ..rewards.heads import head_config
 from ..rewards.tangent import Tangent
@@ -32,16 +32,18 @@ from .gaussian_posterior import GaussianPosterior
 from .network_posterior import NetworkDraws, NetworkPosterior
 from .posterior import Posterior
 from .report import FitReport
+from .token_posterior import TokenPosterior
 
 FORMAT_VERSION = 1
 _SETTINGS, _TENSORS, _MANIFEST = "posterior.json", "posterior.safetensors", "manifest.json"
-_ADAPTER = "adapter"
+_ADAPTER, _SCORER = "adapter", "scorer"
 _HEADS = {"Linear": Linear, "MLP": MLP, "PairwiseHead": PairwiseHead}
 _COVARIANCES: dict[str, Any] = {"KronCovariance": KronCovariance, "DiagCovariance": DiagCovariance}
 _POSTERIORS: dict[str, Any] = {
     "GaussianPosterior": GaussianPosterior,
     "DrawsPosterior": DrawsPosterior,
     "NetworkPosterior": NetworkPosterior,
+    "TokenPosterior": TokenPosterior,
 }
 
 
@@ -49,9 +51,8 @@ def save(posterior: Posterior, path: str | Path) -> None:
     """Writes `posterior` to folder `path`; an existing run there is replaced only when the new one is complete."""
     target = Path(path)
     tensors = posterior._state()
-    settings = {
+    settings: dict[str, Any] = {
         "type": type(posterior).__name__,
-        "program": _program_config(posterior.program),
         "schema": dataclasses.asdict(posterior.schema),
         "report": dataclasses.asdict(posterior.report),
     }
@@ -63,10 +64,13 @@ def save(posterior: Posterior, path: str | Path) -> None:
     except OSError as error:
         raise PersistenceError(f"cannot write to {target.parent}: {error}") from error
     try:
+        head = posterior.program.head
+        scored = {"reward": _save_scorer(head, folder)} if isinstance(head, TokenRewardHead) else {}
+        settings["program"] = _program_config(posterior.program, **scored)
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
         safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / _TENSORS)
-        if isinstance(posterior.program.head, Tangent | NetworkDraws):
-            posterior.program.head.network.save_adapter(folder / _ADAPTER)
+        if isinstance(head, Tangent | NetworkDraws):
+            head.network.save_adapter(folder / _ADAPTER)
         files = {str(f.relative_to(folder)): _digest(f) for f in sorted(folder.rglob("*")) if f.is_file()}
         manifest = {"format": "bayesrm.posterior", "version": FORMAT_VERSION, "sha256": files}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -112,6 +116,11 @@ def load(path: str | Path, likelihood: Any = None) -> Posterior:
         tensors = safetensors.torch.load_file(folder / _TENSORS)
     except (OSError, safetensors.SafetensorError) as error:
         raise PersistenceError(f"{folder / _TENSORS} cannot be read: {error}") from error
+    if settings["type"] == "TrajectoryPosterior":
+        raise PersistenceError(
+            f"{folder} holds a posterior over rewards of trajectories; read it by "
+            "bayesrm.engines.TrajectoryPosterior.from_pretrained"
+        )
     program, changed = _program(settings["program"], likelihood, folder, tensors)
     for name in changed:
         warnings.warn(
@@ -126,11 +135,13 @@ def load(path: str | Path, likelihood: Any = None) -> Posterior:
     return posterior
 
 
-def _program_config(program: RewardModel) -> dict[str, Any]:
+def _program_config(program: RewardModel, reward: dict[str, Any] | None = None) -> dict[str, Any]:
     if isinstance(program.likelihood, Mapping):
         likelihood: Any = {"kinds": {kind: likelihoods.to_config(value) for kind, value in program.likelihood.items()}}
     else:
         likelihood = likelihoods.to_config(program.likelihood)
+    if reward is not None:
+        return {"reward": reward, "likelihood": likelihood, "prior": _prior_config(program.prior)}
     if isinstance(program.head, Tangent):
         return {"reward": _tangent_config(program.head), "likelihood": likelihood, "prior": {"precision": 1.0}}
     if isinstance(program.head, NetworkDraws):
@@ -147,6 +158,23 @@ def _program_config(program: RewardModel) -> dict[str, Any]:
             f"a reward function of type {type(program.head).__name__} cannot be saved; use one of {sorted(_HEADS)}"
         )
     return {"reward": head_config(program.head), "likelihood": likelihood, "prior": _prior_config(program.prior)}
+
+
+def _save_scorer(head: TokenRewardHead, folder: Path) -> dict[str, Any]:
+    (folder / _SCORER).mkdir()
+    name = type(head.scorer).__name__
+    _scorer_type(name)
+    return {"type": "TokenRewardHead", "scorer": name, "settings": head.scorer.save(folder / _SCORER)}
+
+
+def _scorer_type(name: str) -> Any:
+    """The class of a scorer of ours; nothing else is looked up by a name in a file."""
+    from .. import rewards
+
+    scorers = {s.__name__: s for s in (rewards.CorrectorScorer, rewards.TokenRewardNetwork)}
+    if name not in scorers:
+        raise PersistenceError(f"a token reward of type {name} cannot be saved; use one of {sorted(scorers)}")
+    return scorers[name]
 
 
 def _prior_config(prior: Gaussian) -> dict[str, Any]:
@@ -204,6 +232,8 @@ def _program(
     elif reward["type"] == "KernelHead":
         own = {k.removeprefix("kernel."): v for k, v in tensors.items() if k.startswith("kernel.")}
         head = KernelHead.from_config(reward, own)
+    elif reward["type"] == "TokenRewardHead":
+        head = TokenRewardHead(_scorer_type(reward["scorer"]).restore(reward["settings"], folder / _SCORER))
     elif reward["type"] == "NetworkDraws":
         head = _network_draws(reward, folder, tensors)
     else:

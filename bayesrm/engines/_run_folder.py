@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import safetensors
@@ -56,6 +56,21 @@ def run_identity(
     return loaded
 
 
+@runtime_checkable
+class Trainable(Protocol):
+    """A network with named parameters to train."""
+
+    @property
+    def sites(self) -> Mapping[str, torch.nn.Parameter]:
+        """Trainable parameters by name."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """The folder of one run; made by `open`.
@@ -99,7 +114,7 @@ class RunFolder:
             raise PersistenceError(f"`output_dir` {folder} cannot be used: {error}") from error
         return cls(folder, processes, known is None or known.get("processes") == processes.count)
 
-    def finished(self, network: LoRANetwork) -> TrainingReport | None:
+    def finished(self, network: Trainable) -> TrainingReport | None:
         """The report of a finished run, whose weights are put into the network; `None` where there is none."""
         file = self.path / _FINISHED
         if not file.exists():
@@ -128,7 +143,7 @@ class RunFolder:
                 shutil.rmtree(old)
         self.processes.wait()
 
-    def finish(self, network: LoRANetwork, report: TrainingReport) -> None:
+    def finish(self, network: Trainable, report: TrainingReport) -> None:
         """Writes the final state; `finished.json` comes last and makes it count."""
         if self.processes.index == 0:
             save_state(self.path / _STATE, network, report.latents)
@@ -141,7 +156,7 @@ class RunFolder:
         return sorted(whole, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
-def save_state(file: Path, network: LoRANetwork, latents: Tensor) -> None:
+def save_state(file: Path, network: Trainable, latents: Tensor) -> None:
     """Writes trainable weights and latents; frozen weights are the model's own and stay where they are.
 
     Raises:
@@ -156,7 +171,7 @@ def save_state(file: Path, network: LoRANetwork, latents: Tensor) -> None:
         raise PersistenceError(f"{file} cannot be written: {error}") from error
 
 
-def load_state(file: Path, network: LoRANetwork) -> Tensor:
+def load_state(file: Path, network: Trainable) -> Tensor:
     """Puts stored weights into the network and returns the latents, shape `(Q,)`.
 
     Raises:

@@ -36,6 +36,12 @@ class FeedbackSchema:
             )
         return cls(tuple(kinds), tuple(data.annotators))
 
+    @classmethod
+    def unseen(cls) -> "FeedbackSchema":
+        """The schema of a posterior that no feedback was fitted to: choices between two, the usual question to ask."""
+        kind = {"kind": "choice", "num_candidates": 2, "depth": None, "num_levels": None}
+        return cls((kind | dict.fromkeys(("annotator", "margin", "lengths"), False),), ())
+
     def example_groups(self) -> list[FeedbackGroup]:
         """One made-up row of each kind, enough to find the latents of a likelihood and their supports."""
         groups = []

@@ -3,14 +3,16 @@
 import dataclasses
 from typing import Any, Protocol, overload, runtime_checkable
 
-from ..data import Comparisons
+from ..data import Comparisons, Corrections, Demonstrations, Trajectories
 from ..errors import ArgumentError, DataError, EngineError
-from ..programs import GoodnessPosterior, RewardModel, ScoredCandidates
+from ..programs import GoodnessPosterior, InverseRL, LanguageFeedback, RewardModel, ScoredCandidates
 from ._digest import feedback_digest
 from ._gaussian_process import bound
+from .avril import AVRIL
 from .enumeration import Enumeration
 from .importance import ImportanceSampling
 from .laplace import Laplace
+from .map import MAP
 from .posterior import Posterior
 from .response_posterior import ResponsePosterior
 
@@ -20,10 +22,24 @@ class Engine(Protocol):
     """Settings of an inference method; `fit` turns a program and data into a posterior.
 
     An engine that cannot serve a program says so before work starts, by an `EngineError` that names engines that can.
+    Its class may have an attribute `programs`, the types of programs that it serves; by default reward models alone.
     """
 
-    def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> Posterior:
+    def fit(self, program: Any, data: Any, *, seed: int, progress: bool) -> Any:
         """The posterior of `program` given `data`; the same seed gives the same posterior."""
+        ...
+
+
+@runtime_checkable
+class Program(Protocol):
+    """A declared probabilistic program: what `fit` takes.
+
+    Type checkers take any object with a `data_type`; `fit` looks at the engine's `programs` too.
+    """
+
+    @property
+    def data_type(self) -> Any:
+        """Type of data that the program explains, or several in a tuple."""
         ...
 
 
@@ -40,8 +56,8 @@ def fit(
 
 @overload
 def fit(
-    model: RewardModel,
-    data: Comparisons,
+    model: RewardModel | InverseRL | LanguageFeedback,
+    data: Comparisons | Corrections | Demonstrations | Trajectories,
     *,
     inference: Engine | str | None = None,
     seed: int = 0,
@@ -50,20 +66,21 @@ def fit(
 
 
 def fit(
-    model: RewardModel | GoodnessPosterior,
-    data: Comparisons | ScoredCandidates,
+    model: Program,
+    data: Comparisons | Corrections | Demonstrations | Trajectories | ScoredCandidates,
     *,
     inference: Any = None,
     seed: int = 0,
     progress: bool = False,
-) -> Posterior | ResponsePosterior:
+) -> Any:
     """The posterior of a declared model given data.
 
     Args:
-        model: The program: a `RewardModel`, or a `GoodnessPosterior` over responses.
-        data: What it explains: feedback, or candidates of each prompt.
-        inference: The engine, by default `Laplace()`, and `ImportanceSampling()` for responses that were drawn; or the
-            name of one with its default settings, see `engines.available`.
+        model: The program: a `RewardModel`, `InverseRL`, `LanguageFeedback`, or a `GoodnessPosterior` over responses.
+        data: What it explains: feedback, demonstrations, trajectories, or candidates of each prompt.
+        inference: The engine, by default the first of `Laplace()`, `AVRIL()` and `MAP()` that serves the program, and
+            `ImportanceSampling()` for responses that were drawn; or the name of one with its default settings, see
+            `engines.available`.
         seed: Seed of everything random in the fit. No global random state is touched.
         progress: Whether to show progress.
 
@@ -80,36 +97,36 @@ def fit(
         >>> round(fit(model, data).report.log_evidence, 2)
         -2.43
     """
-    if not isinstance(model, RewardModel | GoodnessPosterior):
+    if not isinstance(model, Program):
         raise ArgumentError(f"`model` is a {type(model).__name__}; it must be a program such as RewardModel")
     if isinstance(inference, str):
         from .registry import make
 
         inference = make(inference)
     if inference is None:
-        inference = Laplace() if isinstance(model, RewardModel) else _engine_for_responses(data)
+        inference = _default_engine(model, data)
     engine: Any = inference
     if isinstance(engine, type) or not isinstance(engine, Engine):
         hint = "; call it to make settings, for instance Laplace()" if isinstance(engine, type) else ""
         raise ArgumentError(f"`inference` is {engine!r}, not an engine with a `fit` method{hint}")
-    if not isinstance(data, model.data_type):
+    accepted = model.data_type if isinstance(model.data_type, tuple) else (model.data_type,)
+    if not isinstance(data, accepted):
         hint = "; read it with Comparisons.load(...)" if isinstance(data, list | str) else ""
-        raise DataError(
-            f"`data` is a {type(data).__name__}; {type(model).__name__} explains {model.data_type.__name__}{hint}"
-        )
+        names = " or ".join(kind.__name__ for kind in accepted)
+        raise DataError(f"`data` is a {type(data).__name__}; {type(model).__name__} explains {names}{hint}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ArgumentError(f"`seed` is {seed!r}; it is a non-negative integer")
+    if not isinstance(model, programs_of(engine)):
+        raise EngineError(f"{type(engine).__name__} cannot serve a {type(model).__name__}; use {_engines_for(model)}")
     if isinstance(model, GoodnessPosterior):
-        if not isinstance(engine, ImportanceSampling | Enumeration):
-            raise EngineError(
-                f"{type(engine).__name__} cannot serve a posterior over responses; use ImportanceSampling() for "
-                "candidates that were drawn, Enumeration() for all there are"
-            )
-        assert isinstance(data, ScoredCandidates)
-        return engine.fit(model, data, seed=seed, progress=progress)
-    assert isinstance(data, Comparisons)
+        responses: ResponsePosterior = engine.fit(model, data, seed=seed, progress=progress)
+        return responses
     if len(data) == 0:
-        raise DataError("the data hold no rows of feedback")
+        raise DataError("the data hold no rows")
+    if not isinstance(model, RewardModel):
+        other: Posterior = engine.fit(model, data, seed=seed, progress=progress)
+        return other
+    assert isinstance(data, Comparisons)
     program, encoded = bound(model, data, engine, seed=seed, progress=progress)
     posterior: Posterior = engine.fit(program, encoded, seed=seed, progress=progress)
     # The posterior of selected rows is not that of the data: importance ratios towards all rows would be wrong.
@@ -119,5 +136,23 @@ def fit(
     return posterior
 
 
-def _engine_for_responses(data: Any) -> Any:
-    return Enumeration() if isinstance(data, ScoredCandidates) and data.exhaustive else ImportanceSampling()
+def programs_of(engine: Engine | type) -> tuple[type, ...]:
+    """Types of programs that an engine (or its class) serves: its attribute `programs`, reward models by default."""
+    return tuple(getattr(engine, "programs", (RewardModel,)))
+
+
+def _default_engine(model: Any, data: Any) -> Engine:
+    if isinstance(model, GoodnessPosterior):
+        exhaustive = isinstance(data, ScoredCandidates) and data.exhaustive
+        engine: Any = Enumeration() if exhaustive else ImportanceSampling()
+    else:
+        engine = next(e() for e in (Laplace, AVRIL, MAP) if isinstance(model, programs_of(e)))
+    return engine  # type: ignore[no-any-return]
+
+
+def _engines_for(model: Any) -> str:
+    """Calls of the built-in engines that serve a program."""
+    from .registry import BUILT_IN, available
+
+    ours = [registered.load() for registered in available() if registered.distribution == BUILT_IN]
+    return ", ".join(f"{e.__name__}()" for e in ours if isinstance(model, programs_of(e)))

@@ -9,9 +9,9 @@ import warnings
 import torch
 
 from .._typing import Tensor
-from ..data import Comparisons
+from ..data import Comparisons, Corrections
 from ..errors import ArgumentError, ConvergenceWarning, EngineError
-from ..programs import RewardModel
+from ..programs import LanguageFeedback, RewardModel
 from ..rewards import LoRA, ProjectedHead
 from ._batched_lbfgs import minimise
 from ._curvature import FLAT, CurvatureKind, curvature
@@ -40,9 +40,9 @@ class Ensemble:
     """Modes of `num_members` randomly perturbed copies of the posterior, as equally likely draws.
 
     Members of heads are found together, by one L-BFGS whose evaluations are shared; linear heads in coordinates
-    whitened by their common curvature. Members of a `LoRA` reward are adapters on one backbone, trained one after
-    another. Likelihood latents are part of every member; their priors are moved by a normal shift with the covariance
-    that the prior's curvature implies, which for a normal prior is the same as an anchor.
+    whitened by their common curvature. Members of a `LoRA` reward, and of a corrector, are adapters on one backbone,
+    trained one after another. Likelihood latents are part of every member; their priors are moved by a normal shift
+    with the covariance that the prior's curvature implies, which for a normal prior is the same as an anchor.
 
     Attributes:
         num_members: Number of members.
@@ -71,6 +71,9 @@ class Ensemble:
     training: Training = dataclasses.field(default_factory=Training)
     memory_gib: float = 8.0
 
+    #: Programs that the engine serves.
+    programs = (RewardModel, LanguageFeedback)
+
     def __post_init__(self) -> None:
         check_positive("num_members", self.num_members)
         if self.num_members < 2:
@@ -91,8 +94,20 @@ class Ensemble:
         """Whether data are reweighted."""
         return self.randomisation in ("both", "bootstrap")
 
-    def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> Posterior:
+    def fit(
+        self,
+        program: RewardModel | LanguageFeedback,
+        data: Comparisons | Corrections,
+        *,
+        seed: int,
+        progress: bool,
+    ) -> Posterior:
         """The members, see `bayesrm.fit`."""
+        if isinstance(program, LanguageFeedback):
+            from ._language_feedback import fit_members
+
+            return fit_members(self, program, data, seed=seed, progress=progress)
+        assert isinstance(data, Comparisons)
         begin = time.perf_counter()
         if isinstance(program.reward, LoRA):
             return self._fit_lora(program, data, seed=seed, progress=progress)

@@ -28,6 +28,9 @@ class Enumeration:
         tensor([-0.3799])
     """
 
+    #: Programs that the engine serves.
+    programs = (GoodnessPosterior,)
+
     tolerance: float = 1e-5
 
     def fit(self, program: Any, data: Any, *, seed: int, progress: bool) -> ResponsePosterior:

@@ -74,6 +74,9 @@ class ImportanceSampling:
     degrees_of_freedom: float | None = None
     max_k_hat: float | None = None
 
+    #: Programs that the engine serves.
+    programs = (RewardModel, GoodnessPosterior)
+
     def __post_init__(self) -> None:
         check_positive("num_samples", self.num_samples)
         if self.num_samples < MIN_DRAWS:

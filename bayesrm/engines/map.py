@@ -6,9 +6,9 @@ import warnings
 
 import torch
 
-from ..data import Comparisons
+from ..data import Comparisons, Corrections
 from ..errors import ConvergenceWarning, EngineError
-from ..programs import RewardModel
+from ..programs import LanguageFeedback, RewardModel
 from ..rewards import LoRA
 from ._curvature import CurvatureKind
 from ._gaussian_fit import OptimiserSettings, PriorPrecision, fit_mode
@@ -16,6 +16,7 @@ from ._lora_fit import point_fit, settle_point, train_network
 from ._settings import check_choice, check_optimiser, make_report
 from ._tangent import Coordinates
 from .gaussian_posterior import GaussianPosterior
+from .posterior import Posterior
 from .training import Training
 
 
@@ -24,8 +25,8 @@ class MAP:
     """The mode of (parameters, unconstrained likelihood latents), with no uncertainty: the usual reward model.
 
     Linear heads by Newton's method, others by L-BFGS; both stop at a stated gradient norm and warn when they miss it.
-    LoRA rewards by stochastic gradient descent (`Training`), which ends near a mode at best: the report has the
-    gradient norm at the end, in units of the prior standard deviation, and a run that was stopped early warns.
+    LoRA rewards and correctors by stochastic gradient descent (`Training`), which ends near a mode at best: the report
+    has the gradient norm at the end, in units of the prior standard deviation, and a run that was stopped early warns.
 
     Attributes:
         prior_precision: `"given"`, or `"marginal_likelihood"` to tune a common factor on the declared precisions.
@@ -48,12 +49,27 @@ class MAP:
     memory_gib: float = 8.0
     training: Training = dataclasses.field(default_factory=Training)
 
+    #: Programs that the engine serves.
+    programs = (RewardModel, LanguageFeedback)
+
     def __post_init__(self) -> None:
         check_choice("prior_precision", self.prior_precision, PriorPrecision)
         check_optimiser(self.gradient_tolerance, self.max_iterations, self.memory_gib)
 
-    def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> GaussianPosterior:
+    def fit(
+        self,
+        program: RewardModel | LanguageFeedback,
+        data: Comparisons | Corrections,
+        *,
+        seed: int,
+        progress: bool,
+    ) -> Posterior:
         """The mode as a posterior of zero width, see `bayesrm.fit`."""
+        if isinstance(program, LanguageFeedback):
+            from ._language_feedback import fit_mode as fit_corrector
+
+            return fit_corrector(self, program, data, seed=seed, progress=progress)
+        assert isinstance(data, Comparisons)
         begin = time.perf_counter()
         if isinstance(program.reward, LoRA):
             return self._train(program, data, seed=seed, progress=progress)

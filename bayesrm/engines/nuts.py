@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from .._typing import Tensor
-from ..data import Comparisons
+from ..data import Comparisons, Demonstrations, Trajectories
 from ..errors import ArgumentError, ConvergenceWarning, EngineError
-from ..programs import RewardModel
+from ..programs import InverseRL, RewardModel
 from ..rewards import LoRA
 from ._chains import chain_summary
 from ._problem import Problem, make_problem
 from ._settings import check_choice, check_positive, check_real
 from .draws_posterior import DrawsPosterior
+from .trajectory_posterior import TrajectoryPosterior
 
 
 class MassMatrix(enum.StrEnum):
@@ -59,6 +60,9 @@ class NUTS:
     unconstrained space with the log Jacobian; that it is the same under JAX and torch is checked before sampling. A
     density is compiled once for all data of one shape.
 
+    Of an `InverseRL` whose dynamics are known it samples the rewards of all states: the exact posterior of what `AVRIL`
+    approximates, as a `TrajectoryPosterior`.
+
     Attributes:
         num_chains: Chains, each from a start of its own: twice as spread as Laplace's approximation for linear heads,
             else uniform in (-2, 2) (Stan's default). Equal results from spread starts are the evidence of convergence.
@@ -93,6 +97,9 @@ class NUTS:
     backend: str = "numpyro"
     memory_gib: float = 8.0
 
+    #: Programs that the engine serves; `InverseRL` where the dynamics are known.
+    programs = (RewardModel, InverseRL)
+
     def __post_init__(self) -> None:
         for name in ("num_chains", "num_warmup", "num_samples", "max_tree_depth"):
             check_positive(name, getattr(self, name))
@@ -104,8 +111,22 @@ class NUTS:
             raise ArgumentError(f"`target_accept` is {self.target_accept}; it is a probability between 0 and 1")
         check_real("memory_gib", self.memory_gib)
 
-    def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> DrawsPosterior:
+    def fit(
+        self,
+        program: RewardModel | InverseRL,
+        data: Comparisons | Demonstrations | Trajectories,
+        *,
+        seed: int,
+        progress: bool,
+    ) -> DrawsPosterior | TrajectoryPosterior:
         """The posterior as draws, see `bayesrm.fit`."""
+        if isinstance(program, InverseRL):
+            from ._exact_irl import fit_known
+
+            if not isinstance(data, Trajectories):
+                raise EngineError("NUTS samples the rewards of states with known dynamics alone; fit text with AVRIL()")
+            return fit_known(self, program, data, seed=seed, progress=progress)
+        assert isinstance(data, Comparisons)
         begin = time.perf_counter()
         if isinstance(program.reward, LoRA):
             raise EngineError(

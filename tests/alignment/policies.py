@@ -85,7 +85,7 @@ def policy(
     tokens = tokens or tokenizer(encoder=family == "bert", count=count)
     made = model(family, len(tokens), seed=seed, **more).to(dtype)
     if lora is not None:
-        from bayesrm.alignment._policy_loading import with_adapters
+        from bayesrm.rewards._causal_lm import with_adapters
 
         made = with_adapters(made, lora, None, seed)
     return Policy(made, tokens, max_prompt_tokens=limits[0], max_new_tokens=limits[1], **(settings or {}))

@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 
-from bayesrm.alignment import _sequence_log_probs
-from bayesrm.alignment._tokens import TokenSequences
 from bayesrm.alignment._weights import Snapshot
 from bayesrm.alignment.policy import Policy, PolicyLoRA
 from bayesrm.errors import ArgumentError, DataError, EngineError, PersistenceError
+from bayesrm.rewards import _token_log_probs
+from bayesrm.rewards._tokens import TokenSequences
 
 from . import policies
 
@@ -671,4 +671,4 @@ class TestTexts:
 def test_lock_is_of_the_model_and_not_of_the_policy():
     policy = policies.policy("gpt2")
     again = Policy(policy.model, policy.tokenizer, max_prompt_tokens=8, max_new_tokens=4)
-    assert _sequence_log_probs.lock_of(again.model) is _sequence_log_probs.lock_of(policy.model)
+    assert _token_log_probs.lock_of(again.model) is _token_log_probs.lock_of(policy.model)

@@ -11,7 +11,7 @@ import torch
 import bayesrm as brm
 from bayesrm import _ready_files
 from bayesrm.alignment import projections, targets
-from bayesrm.alignment.projections import TokenPaths
+from bayesrm.alignment.projections import RewardedTokens, TokenPaths
 from bayesrm.alignment.utilities import UtilityName, make_scores, make_utility
 from bayesrm.errors import ArgumentError
 from bayesrm.programs import ExponentialTilt, GoodnessPosterior, LogisticGoodness, ScoredCandidates
@@ -21,6 +21,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "inference" / "alignment"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 GAMES = {"inpo", "mtpo", "nash_md", "wind"}
 SCORES = {"best_of_n_sft", "bonbon", "bond", "chi_squared", "j_bond"}
+TOKENS = {"token_policy_gradient"}
 each = pytest.mark.parametrize("name", NAMES)
 
 
@@ -29,7 +30,7 @@ def build(name, **settings):
 
 
 def test_all_are_there():
-    assert set(NAMES) == GAMES | SCORES | {
+    assert set(NAMES) == GAMES | SCORES | TOKENS | {
         "brain", "dpo", "exo", "gdc", "lire", "rlhf", "sail", "soft_q_learning",
     }  # fmt: skip
     # They are methods and no engines.
@@ -70,9 +71,14 @@ def step(method):
     """One loss and its gradient with respect to what the policy says of the candidates."""
     candidates, log_q = candidates_of(method)
     posterior = method.weigh(candidates)
-    if method.needs_tokens:
+    if method.needs_tokens or method.needs_token_rewards:
         leaf = (log_q[..., None] / 4).expand(*log_q.shape, 4).clone().requires_grad_()
-        policy = TokenPaths(leaf, torch.zeros_like(leaf), torch.ones_like(leaf, dtype=torch.bool))
+        mask = torch.ones_like(leaf, dtype=torch.bool)
+        fixed = (candidates.reference[..., None] / 4).expand(leaf.shape)
+        rewards = torch.linspace(-1.0, 1.0, leaf.numel(), dtype=leaf.dtype).reshape(leaf.shape)
+        policy = RewardedTokens(leaf, fixed, rewards, mask)
+        if method.needs_tokens:
+            policy = TokenPaths(leaf, torch.zeros_like(leaf), mask)
     else:
         policy = leaf = log_q.clone().requires_grad_()
     losses = method.loss(policy, posterior)
@@ -90,7 +96,7 @@ def test_one_step(name):
     assert bool((gradient != 0).any(-1).all())
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - GAMES))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - GAMES - TOKENS))
 @pytest.mark.parametrize("utility", [str(member.value) for member in UtilityName])
 def test_every_utility(name, utility):
     if name in SCORES and utility == "marginal":
@@ -160,8 +166,9 @@ def test_settings_reach_their_places():
 
 
 def test_brain_and_rlhf_have_one_target():
-    brain, rlhf = build("brain", beta=0.3), build("rlhf", beta=0.3)
-    assert brain.target == rlhf.target
+    brain, rlhf, tokens = (build(name, beta=0.3) for name in ("brain", "rlhf", "token_policy_gradient"))
+    assert brain.target == rlhf.target == tokens.target
+    assert tokens.projection == projections.TokenPolicyGradient(temperature=0.3)
 
 
 def test_nash_md_gradient_is_the_papers():

@@ -90,7 +90,7 @@ def test_every_command_has_help(command, capsys):
 def test_error_is_one_line_without_traceback_in_a_process_of_its_own(tmp_path):
     result = run_python("-m", "bayesrm", "fit", "nonsense", "map", "x.jsonl", "-o", str(tmp_path / "run"), "--json")
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: there is no program `nonsense`; it is one of approval, bradley_terry, ")
+    assert result.stderr.startswith("error: there is no program `nonsense`; it is one of approval, ava, avril, ")
     assert result.stderr.count("\n") == 1
 
 
@@ -114,7 +114,7 @@ def test_what_a_program_prints_stays_off_stdout(tmp_path, write, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "loud import\nloud build\n" in captured.err
-    assert "must return a bayesrm.RewardModel" in captured.err
+    assert "must return a program such as bayesrm.RewardModel" in captured.err
 
 
 def test_warnings_are_lines_on_stderr(encoder, pairs, tmp_path, capsys):

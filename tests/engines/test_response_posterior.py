@@ -78,7 +78,7 @@ def test_enumeration_refuses_what_is_not_all_there_is():
         brm.fit(GoodnessPosterior(), part)
     with pytest.raises(EngineError, match="carry no `proposal`"):
         brm.fit(GoodnessPosterior(), enumerated(mean, root, reference), inference=brm.ImportanceSampling())
-    with pytest.raises(EngineError, match="Laplace cannot serve a posterior over responses"):
+    with pytest.raises(EngineError, match="Laplace cannot serve a GoodnessPosterior; use Enumeration"):
         brm.fit(GoodnessPosterior(), draws, inference=brm.Laplace())
     data = brm.Comparisons.from_arrays(np.eye(2), candidates=[[0, 1]], outcome=[0])
     with pytest.raises(DataError, match="GoodnessPosterior explains ScoredCandidates"):

@@ -2,7 +2,8 @@
 
 A projection is called with the policy's log-probabilities of the candidates, shape `(B, n)`, which require gradients,
 and the `ResponsePosterior` of the target on the same candidates; it returns a loss for each prompt, shape `(B,)`, whose
-gradient is to be descended. None needs a language model.
+gradient is to be descended. `PathConsistency` and `TokenPolicyGradient` take those of tokens instead. None needs a
+language model.
 """
 
 from ._pairs import Pairs
@@ -19,8 +20,10 @@ from .path_consistency import PathConsistency, TokenPaths
 from .policy_gradient import PolicyGradient
 from .reverse_kl import ReverseKL
 from .squared_log_ratio import Margin, SquaredLogRatio
+from .token_policy_gradient import Baseline, RewardedTokens, TokenPolicyGradient
 
 __all__ = [
+    "Baseline",
     "BestAndWorst",
     "DistributionalPolicyGradient",
     "ForwardKL",
@@ -37,6 +40,8 @@ __all__ = [
     "PolicyGradient",
     "Projection",
     "ReverseKL",
+    "RewardedTokens",
     "SquaredLogRatio",
     "TokenPaths",
+    "TokenPolicyGradient",
 ]

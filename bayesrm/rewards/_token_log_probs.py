@@ -181,6 +181,45 @@ class Scorer:
         log_probs, normalisers = flat.reshape(*shape, 2).unbind(-1)
         return log_probs, normalisers
 
+    def scores_and_hidden(
+        self, sequences: TokenSequences, *, scored: bool = True
+    ) -> tuple[Batch, Float[Tensor, "M 2"], Float[Tensor, "b L H"]]:
+        """One batch of sequences: scores as `scores` has them, flat, and what the output layer is given.
+
+        Args:
+            sequences: The sequences.
+            scored: Whether the scores are wanted; without, they are 0 and no logits are computed where that can be.
+
+        Returns:
+            The batch, whose `rows` say how the sequences are ordered in it; log-probabilities and log-normalisers of
+            its M response tokens; and the last hidden states.
+        """
+        longest = max(len(p) + len(r) for p, r in zip(sequences.prompts, sequences.responses, strict=True))
+        (batch,) = batches(
+            sequences, batch_tokens=longest * len(sequences), pad=self.pad, device=device_of(self.model)
+        )  # fmt: skip
+        layer = self.model.get_output_embeddings()
+        if layer is None:
+            raise ArgumentError(f"`model` {type(self.model).__name__} names no output layer")
+        seen: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            seen.append(hidden)
+            return hidden.new_zeros(*hidden.shape[:-1], 2)
+
+        if self.direct and not scored:
+            with lock_of(self.model), _forward_replaced(layer, keep):
+                self._run(batch.ids, batch.mask)
+            return batch, seen[0].new_zeros(len(batch.targets), 2), seen[0]
+        with lock_of(self.model):
+            # The hook runs whether or not the layer's forward is replaced.
+            handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+            try:
+                found = self._batch_scores(batch, 1.0)
+            finally:
+                handle.remove()
+        return batch, found, seen[0]
+
     def mixture_scores(
         self, sequences: TokenSequences, using: Callable[[], AbstractContextManager[None]], weight: float, *,
         temperature: float, batch_tokens: int,

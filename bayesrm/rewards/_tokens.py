@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from ..data.rendering import Content, render
 from ..errors import ArgumentError, DataError
-from ..rewards._checks import check_choice, check_columns
+from ._checks import check_choice, check_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,3 +225,25 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     raise ArgumentError(
         f"`tokenizer` {tokenizer.name_or_path!r} changes the tokens of a text when it adds special ones; choose another"
     )
+
+
+def token_spans(tokenizer: Any, text: str, count: int) -> Int[np.ndarray, "tokens 2"]:
+    """Offsets of the first character of each of a text's first `count` tokens and of the one after its last.
+
+    Tokens beyond those of the text, such as the end of the sequence, have an empty span at its end.
+
+    Raises:
+        ArgumentError: The tokenizer does not tell offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ArgumentError(
+            f"`tokenizer` {tokenizer.name_or_path!r} ({type(tokenizer).__name__}) does not tell where tokens stand in "
+            "a text; use a fast tokenizer (one with a tokenizer.json)"
+        )
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    found = np.full((count, 2), len(text), dtype=np.int64)
+    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:count]
+    found[: len(offsets)] = offsets
+    return found

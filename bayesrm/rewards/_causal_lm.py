@@ -1,55 +1,45 @@
 """From a folder or hub id to a causal language model, with adapters where asked."""
 
-import dataclasses
 import json
 import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from ..backend import seeded
 from ..errors import ArgumentError
-from ..rewards._checks import check_integer
-from ..rewards._encoder import Encoder, quiet_loading
-from ..rewards._sequences import _OFFSET_POSITIONS
+from ._encoder import Encoder, quiet_loading
+from ._sequences import _OFFSET_POSITIONS
 
 _LOG = logging.getLogger("bayesrm")
 
 
-@dataclasses.dataclass(frozen=True)
-class PolicyLoRA:
-    """Low-rank adapters on a policy's frozen weights (Hu et al. 2021, 2106.09685), through peft.
+@runtime_checkable
+class AdapterSettings(Protocol):
+    """Settings of new low-rank adapters."""
 
-    Attributes:
-        rank: Rank of the adapters.
-        alpha: Adapters are multiplied by `alpha / rank`.
-        dropout: Dropout on the input of the adapters in training mode. Above 0, the policy that is trained is not the
-            one that draws and scores, and importance weights are no longer exact.
-        target_modules: Names (endings) of the modules that get adapters, or "all-linear"; by default what peft knows
-            for the architecture.
+    @property
+    def rank(self) -> int:
+        """Rank."""
+        ...
 
-    Raises:
-        ArgumentError: A setting has a value that cannot be used.
+    @property
+    def alpha(self) -> float:
+        """Adapters are multiplied by `alpha / rank`."""
+        ...
 
-    Example:
-        >>> PolicyLoRA(rank=4).alpha
-        16.0
-    """
+    @property
+    def dropout(self) -> float:
+        """Dropout on their input."""
+        ...
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: str | tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        check_integer("rank", self.rank, 1)
-        if not self.alpha > 0:
-            raise ArgumentError(f"`alpha` is {self.alpha}; it is a positive number")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ArgumentError(f"`dropout` is {self.dropout}; it is a probability below 1")
+    @property
+    def target_modules(self) -> str | tuple[str, ...] | None:
+        """Modules that get them; `None` for what peft knows for the architecture."""
+        ...
 
 
 def base_of_adapter(path: str) -> str | None:
@@ -108,7 +98,7 @@ def load_model(source: Encoder, *, attention: str | None, seed: int) -> tuple[An
     return model, tuple(missing)
 
 
-def with_adapters(model: Any, lora: PolicyLoRA | None, adapter: str | None, seed: int) -> Any:
+def with_adapters(model: Any, lora: AdapterSettings | None, adapter: str | None, seed: int) -> Any:
     """The peft model around `model`: a saved adapter, or a new one that changes nothing yet."""
     import peft
     from transformers.pytorch_utils import Conv1D
