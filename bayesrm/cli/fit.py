@@ -9,7 +9,7 @@ import torch
 from jsonargparse import Namespace
 
 from .. import _ready_files
-from ..data import Comparisons, Trajectories
+from ..data import Comparisons
 from ..data.records import Records
 from ..engines import Engine, Posterior, Program, fit, training_settings
 from ..errors import ArgumentError, DataError
@@ -108,14 +108,24 @@ def load_data(settings: Namespace, kinds: Any = Comparisons) -> Any:
         DataError: It can be read as none of them.
     """
     given = settings.data.as_dict()
+    defaults = {name: value.default for name, value in inspect.signature(Comparisons.load).parameters.items()}
     refused: list[DataError] = []
     for kind in kinds if isinstance(kinds, tuple) else (kinds,):
+        if not hasattr(kind, "load"):
+            raise ArgumentError(f"{kind.__name__} have no format of files; fit this program from Python")
         known = inspect.signature(kind.load).parameters
         try:
-            return kind.load(settings.data_source, **{k: v for k, v in given.items() if k in known})
+            data = kind.load(settings.data_source, **{k: v for k, v in given.items() if k in known})
         except DataError as error:
             refused.append(error)
-    raise refused[0]
+            continue
+        unused = [f"--data.{k}" for k, v in given.items() if k not in known and v != defaults.get(k)]
+        if unused:
+            raise ArgumentError(f"{', '.join(unused)} cannot be used: {settings.data_source} holds {kind.__name__}")
+        return data
+    # A row that cannot be read says more than columns that another reader does not know.
+    rows = [error for error in refused if error.row is not None]
+    raise rows[0] if rows else DataError("; or ".join(dict.fromkeys(map(str, refused))))
 
 
 def check_encoder(model: RewardModel, data: Comparisons, source: str) -> None:
@@ -131,10 +141,8 @@ def check_encoder(model: RewardModel, data: Comparisons, source: str) -> None:
         )
 
 
-def describe(data: Comparisons | Records | Trajectories) -> dict[str, Any]:
+def describe(data: Comparisons | Records) -> dict[str, Any]:
     """What was read, as JSON values."""
-    if isinstance(data, Trajectories):
-        return {"rows": len(data), "kinds": ["trajectory"]}
     if isinstance(data, Comparisons):
         items, kinds = data.num_items, list(data.kinds)
     else:

@@ -112,6 +112,9 @@ class Trajectories:
             if s.shape[1:] != own_states[0].shape[1:]:
                 raise DataError(f"trajectory {i} has states of shape {s.shape}, the first {own_states[0].shape}")
         count = len(states)
+        for name, flag in (("ended", ended), ("demonstrated", demonstrated)):
+            if np.asarray(flag).dtype != np.bool_:
+                raise DataError(f"`{name}` is {flag!r}; it is True or False, or one of these for each trajectory")
         both = [np.asarray(flag, dtype=bool) for flag in (ended, demonstrated)]
         all_ended, all_demonstrated = (np.full(count, flag) if flag.ndim == 0 else flag for flag in both)
         _check_flags(count, ended=all_ended, demonstrated=all_demonstrated)
@@ -121,7 +124,7 @@ class Trajectories:
             np.array([len(a) for a in own_actions]),
             all_ended,
             all_demonstrated,
-            np.asarray(preferences, dtype=np.int64).reshape(-1, 2),
+            np.asarray(preferences, dtype=np.int64) if len(preferences) else np.zeros((0, 2), dtype=np.int64),
         )
 
     def __len__(self) -> int:

@@ -66,6 +66,7 @@ def fragment(credit: "Credit", rows: Sequence[int], scale: float, prompts: Seque
         "div",
         element("style", Html(_STYLE)),
         _legend(scale),
+        *([] if credit.has_uncertainty else [element("p", _DOUBTLESS)]),
         *(_response(credit, row, scale, None if prompts is None else prompts[row]) for row in rows),
         class_="brm-credit",
     )
@@ -131,6 +132,10 @@ def _colour(mean: float, certainty: float, scale: float) -> str:
     end, share = (_NEGATIVE if mean < 0 else _POSITIVE), min(1.0, abs(mean) / scale)
     mixed = [round(255 + share * (part - 255)) for part in end]
     return f"rgba({mixed[0]},{mixed[1]},{mixed[2]},{certainty:.3f})"
+
+
+#: A mode has no standard deviations, and full colour would look like certainty.
+_DOUBTLESS = "There is no uncertainty in this belief: colours show means alone, not how sure their signs are."
 
 
 def _legend(scale: float) -> Html:

@@ -46,6 +46,11 @@ class Credit:
         values: NDArray[np.float64] = np.abs(2.0 * self.positive - 1.0)
         return values
 
+    @property
+    def has_uncertainty(self) -> bool:
+        """Whether any reward is uncertain; a single fit, a mode, says nothing of how sure it is."""
+        return bool(np.nanmax(self.std, initial=0.0) > 0.0)
+
     def __str__(self) -> str:
         return "\n\n".join(_table(self, row) for row in range(len(self)))
 
@@ -122,6 +127,11 @@ def _table(found: Credit, row: int, half: int = 10) -> str:
         length = round(half * abs(mean) / largest)
         bar = f"{'-' * length:>{half}}|" if mean < 0 else f"{'':>{half}}|{'-' * length}"
         lines.append(f"{name:<{width}}  {mean:>+7.3f}  {std:>5.3f}  {positive:>5.3f}  {bar}")
+    last = int(found.spans[row, len(names) - 1, 1]) if names else 0
+    if found.texts[row][last:].strip():
+        lines.append(f"(cut here: {len(found.texts[row]) - last} more characters were not read)")
+    if not found.has_uncertainty:
+        lines.append("(no uncertainty in this belief: the signs are not certain, their doubt was not computed)")
     return "\n".join(lines)
 
 

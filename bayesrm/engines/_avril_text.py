@@ -1,5 +1,6 @@
 """AVRIL on language models: AVA-d on demonstrations, AVA-p on preferences."""
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from .token_posterior import TokenPosterior
 if TYPE_CHECKING:
     from .avril import AVRIL
 
+_LOG = logging.getLogger("bayesrm")
+
 
 def fit_text(
     engine: "AVRIL", program: InverseRL, data: Demonstrations | Comparisons, *, seed: int, progress: bool
@@ -37,6 +40,12 @@ def fit_text(
     begin = time.perf_counter()
     assert isinstance(program.reward, TokenReward)
     network = program.reward.load(seed)
+    if engine.constraint_weight >= engine.kl_weight and engine.constraint_weight > 0.0:
+        _LOG.warning(
+            "AVRIL on text with `constraint_weight` %g and `kl_weight` %g: the posterior loses its entropy, and its "
+            "standard deviations shrink to the residual of the temporal difference; use a smaller `constraint_weight`, "
+            "such as 0.1", engine.constraint_weight, engine.kl_weight,
+        )  # fmt: skip
     spread = program.reward_precision**-0.5
     network.start_at(spread)
     network.log_std_floor = math.log(engine.min_std * spread)

@@ -41,11 +41,12 @@ def train_module(
     `(prior_loss() + sum over all rows of the rows' losses) / N`.
 
     Args:
-        network: A `torch.nn.Module` that is `Trainable`; whatever `loss_of` uses is a part of it.
+        network: A `torch.nn.Module` that is `Trainable`; whatever `loss_of` uses is a part of it. A site `latents` has
+            the `latent_learning_rate` of the settings.
         loss_of: Sum of the losses of some rows, given by their numbers, shape `(b,)`, and by the number of the
             micro-batch in the run, from which random numbers can follow that stay the same when the run is resumed.
         lengths: Length of each of the N rows, by which batches are put together.
-        training: Settings. `sample_selection` and `latent_learning_rate` have no meaning here.
+        training: Settings; `sample_selection` has no meaning here.
         seed: Seed of the order of the rows.
         progress: Show a progress bar and the log.
         identity: What decides the outcome of the run beside `training` and `seed`, JSON values.
@@ -148,9 +149,12 @@ class RowsLoss(torch.nn.Module):
         pass
 
     def parameter_groups(self, training: Training) -> list[dict[str, Any]]:
-        """What the optimiser trains."""
-        sites: Any = self.network
-        return [{"params": list(sites.sites.values())}]
+        """What the optimiser trains, with a learning rate of their own for latents."""
+        network: Any = self.network
+        sites = dict(network.sites)
+        latents = sites.pop("latents", None)
+        own = [] if latents is None else [{"params": [latents], "lr": training.latent_learning_rate}]
+        return [{"params": list(sites.values())}, *own]
 
     def forward(self, rows: Tensor, number: int) -> Tensor:
         """The loss of the rows of micro-batch `number`, a scalar."""

@@ -75,23 +75,28 @@ def save(posterior: Posterior, path: str | Path) -> None:
         manifest = {"format": "bayesrm.posterior", "version": FORMAT_VERSION, "sha256": files}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         folder.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            os.replace(target, old / target.name)
-            try:
-                os.replace(folder, target)
-            except OSError:
-                os.replace(old / target.name, target)
-                raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(folder, target)
+        put_in_place(folder, target)
     except OSError as error:
         raise PersistenceError(f"cannot write {target}: {error}") from error
     finally:
         # Gone already unless something, an interrupt too, kept it from taking the target's place.
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Moves a complete folder to where a run is to be; one that is there goes only when the new one has its place."""
+    if not target.exists():
+        os.replace(folder, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    os.replace(target, old / target.name)
+    try:
+        os.replace(folder, target)
+    except OSError:
+        os.replace(old / target.name, target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def load(path: str | Path, likelihood: Any = None) -> Posterior:

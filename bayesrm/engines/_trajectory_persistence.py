@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -28,7 +27,7 @@ from .trajectory_posterior import DrawnRewards, NetworkRewards, StateRewards, Tr
 
 def save(posterior: TrajectoryPosterior, path: str | Path) -> None:
     """Writes `posterior` to folder `path`; an existing run there is replaced only when the new one is complete."""
-    from ._persistence import _MANIFEST, _SETTINGS, _TENSORS, FORMAT_VERSION, _digest
+    from ._persistence import _MANIFEST, _SETTINGS, _TENSORS, FORMAT_VERSION, _digest, put_in_place
 
     target = Path(path)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _MANIFEST).exists())):
@@ -46,13 +45,7 @@ def save(posterior: TrajectoryPosterior, path: str | Path) -> None:
         manifest = {"format": "bayesrm.posterior", "version": FORMAT_VERSION, "sha256": files}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         folder.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            os.replace(target, old / target.name)
-            os.replace(folder, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(folder, target)
+        put_in_place(folder, target)
     except OSError as error:
         raise PersistenceError(f"cannot write {target}: {error}") from error
     finally:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 
 from ..data import Comparisons, Demonstrations, Trajectories
 from ..errors import ArgumentError
@@ -82,7 +83,8 @@ class AVRIL:
     def __post_init__(self) -> None:
         check_choice("next_value", self.next_value, NextValue)
         for name in ("kl_weight", "constraint_weight"):
-            if not getattr(self, name) >= 0.0:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < math.inf:
                 raise ArgumentError(f"`{name}` is {getattr(self, name)}; it is 0 or a positive number")
         check_real("min_std", self.min_std)
         if self.min_std >= 1.0:

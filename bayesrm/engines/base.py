@@ -78,9 +78,9 @@ def fit(
     Args:
         model: The program: a `RewardModel`, `InverseRL`, `LanguageFeedback`, or a `GoodnessPosterior` over responses.
         data: What it explains: feedback, demonstrations, trajectories, or candidates of each prompt.
-        inference: The engine, by default the first of `Laplace()`, `AVRIL()` and `MAP()` that serves the program, and
-            `ImportanceSampling()` for responses that were drawn; or the name of one with its default settings, see
-            `engines.available`.
+        inference: The engine, by default `Laplace()` for reward models, `AVRIL()` for `InverseRL` (of text with a
+            `constraint_weight` of 0.1), `MAP()` for `LanguageFeedback` and `ImportanceSampling()` for responses that
+            were drawn; or the name of one with its default settings, see `engines.available`.
         seed: Seed of everything random in the fit. No global random state is touched.
         progress: Whether to show progress.
 
@@ -97,7 +97,7 @@ def fit(
         >>> round(fit(model, data).report.log_evidence, 2)
         -2.43
     """
-    if not isinstance(model, Program):
+    if isinstance(model, type) or not isinstance(model, Program):
         raise ArgumentError(f"`model` is a {type(model).__name__}; it must be a program such as RewardModel")
     if isinstance(inference, str):
         from .registry import make
@@ -145,8 +145,13 @@ def _default_engine(model: Any, data: Any) -> Engine:
     if isinstance(model, GoodnessPosterior):
         exhaustive = isinstance(data, ScoredCandidates) and data.exhaustive
         engine: Any = Enumeration() if exhaustive else ImportanceSampling()
+    elif isinstance(model, InverseRL):
+        # On text, the published weight leaves the posterior without entropy.
+        engine = AVRIL() if isinstance(data, Trajectories) else AVRIL(constraint_weight=0.1)
     else:
-        engine = next(e() for e in (Laplace, AVRIL, MAP) if isinstance(model, programs_of(e)))
+        engine = next((e() for e in (Laplace, MAP) if isinstance(model, programs_of(e))), None)
+        if engine is None:
+            raise ArgumentError(f"`inference` is missing, and no engine of this package serves {type(model).__name__}")
     return engine  # type: ignore[no-any-return]
 
 

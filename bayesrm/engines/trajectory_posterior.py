@@ -216,6 +216,8 @@ class TrajectoryPosterior:
             >>> brm.select(posterior.predict(candidates=[data, data.select([0, 1])])).shape
             torch.Size([2])
         """
+        if isinstance(candidates, Trajectories):
+            raise ArgumentError("`candidates` is one Trajectories; give a list with one for each prompt")
         if candidates is None or not len(candidates) or not all(isinstance(c, Trajectories) for c in candidates):
             raise ArgumentError("`candidates` must be a list with the candidate Trajectories of each prompt")
         if prompts is not None and len(prompts) != len(candidates):

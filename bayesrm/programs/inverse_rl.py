@@ -90,7 +90,7 @@ class InverseRL:
     @property
     def data_type(self) -> tuple[type, ...]:
         """Types of data the program explains; `fit` checks it."""
-        return (Demonstrations, Comparisons) if isinstance(self.reward, TokenReward) else (Trajectories,)
+        return (Comparisons, Demonstrations) if isinstance(self.reward, TokenReward) else (Trajectories,)
 
     @property
     def feedback_model(self) -> RewardModel:

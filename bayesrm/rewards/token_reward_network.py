@@ -1,6 +1,7 @@
 """A loaded `TokenReward`: from token sequences to log-probabilities, values and rewards of steps, and its texts."""
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,14 @@ from .._typing import Tensor
 from ..data.rendering import Content, render
 from ..errors import ArgumentError, DataError, PersistenceError
 from ._causal_lm import checkpoint_activations, load_model, positions_of, with_adapters, without_dropout
+from ._checks import check_columns, check_item
 from ._encoder import Encoder
 from ._token_log_probs import Scorer, device_of
 from ._tokens import Codec, TokenSequences, stop_tokens, token_spans
 from .token_head import TokenScores
 from .token_reward import StateValues, TokenReward
+
+_LOG = logging.getLogger("bayesrm")
 
 _WEIGHTS = "token_reward.safetensors"
 #: Positions whose logits over the whole vocabulary exist at one time.
@@ -151,11 +155,15 @@ class TokenRewardNetwork(torch.nn.Module):
         Raises:
             DataError: A text cannot be used.
         """
+        check_columns(prompts, responses)
+        for item, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start):
+            check_item(item, prompt, response)
         try:
             return self._codec.encode(prompts, responses, self.settings.on_long)
         except DataError as error:
-            row = getattr(error, "row", None)
-            raise error if row is None or not start else DataError(str(error), row=row + start) from error
+            if error.row is None or not start:
+                raise
+            raise DataError(str(error).removeprefix(f"row {error.row}: "), row=error.row + start) from error
 
     def steps(self, sequences: TokenSequences, *, policy: bool = True) -> TokenSteps:
         """Log-probabilities, values and rewards of the steps of responses, in one pass, differentiable.
@@ -193,6 +201,12 @@ class TokenRewardNetwork(torch.nn.Module):
             DataError: A text cannot be used; the message names the item.
         """
         sequences = self.encode(prompts, responses, start=start)
+        if cut := sum(sequences.response_shortened):
+            _LOG.warning(
+                "%d of %d responses have more than %d tokens: the reward of what comes after is not known, and not in "
+                "their sum; raise `max_new_tokens`, or refuse them by on_long='raise'",
+                cut, len(sequences), self.settings.max_new_tokens,
+            )  # fmt: skip
         texts = [
             render(prompt, response, self.tokenizer)[1] for prompt, response in zip(prompts, responses, strict=True)
         ]

@@ -348,9 +348,37 @@ def test_action_values_are_a_policy(gpt2, tmp_path):
         assert bool((expected > before.log_probs(before.encode(prompts, responses)) + 1.0).all())
 
 
+def test_latents_have_a_learning_rate_of_their_own(gpt2):
+    declared = program(gpt2, dtype="float32", likelihood=brm.likelihoods.Davidson())
+    widths = []
+    for rate in (1e-6, 0.5):
+        posterior = fitted(gpt2, declared=declared, latent_learning_rate=rate)
+        widths.append(float(posterior.unconstrained_latents[0, 0]))
+    start = fitted(gpt2, declared=declared, epochs=0.0).unconstrained_latents[0, 0]
+    assert widths[0] == pytest.approx(float(start), abs=1e-3)
+    # No row is a tie.
+    assert widths[1] < float(start) - 0.3
+
+
+def test_what_is_cut_is_said(gpt2, caplog):
+    posterior = fitted(gpt2)
+    belief = posterior.predict_tokens(["w5"], ["w6 w7 w6 w6 w6 w6 w6 w6"])
+    assert "1 of 1 responses have more than 6 tokens" in caplog.text
+    assert "(cut here: 6 more characters were not read)" in str(brm.diagnostics.credit(belief))
+
+
+def test_the_default_engine_keeps_the_entropy(gpt2, caplog):
+    from bayesrm.engines.base import _default_engine
+
+    data = brm.Comparisons.load(ROWS)
+    assert _default_engine(program(gpt2), data).constraint_weight == 0.1
+    fitted(gpt2)
+    assert "the posterior loses its entropy" in caplog.text
+
+
 def test_what_is_refused(gpt2):
     comparisons = brm.Comparisons.load(ROWS)
-    with pytest.raises(DataError, match="InverseRL explains Demonstrations or Comparisons"):
+    with pytest.raises(DataError, match="InverseRL explains Comparisons or Demonstrations"):
         brm.fit(program(gpt2), brm.Corrections.load([{"prompt": "a", "response": "b", "corrected": "c"}]))
     with pytest.raises(EngineError, match=r"Laplace cannot serve a InverseRL; use AVRIL\(\)"):
         brm.fit(program(gpt2), comparisons, inference=brm.Laplace())
@@ -360,5 +388,14 @@ def test_what_is_refused(gpt2):
         program(gpt2, discount=0.0)
     with pytest.raises(ArgumentError, match="even number"):
         AVRIL(num_particles=3)
+    with pytest.raises(ArgumentError, match="`kl_weight` is inf"):
+        AVRIL(kl_weight=math.inf)
+    with pytest.raises(ArgumentError, match="must be a program"):
+        brm.fit(InverseRL, comparisons)
+    settings = program(gpt2, dtype="float32").reward.to_config() | {"on_long": "raise"}
+    strict = TokenReward.from_config(settings).load()
+    with pytest.raises(DataError, match="row 6: the response") as refused:
+        strict.encode(["w1", "w1"], ["w2", "w2 w2 w2 w2 w2 w2 w2"], start=5)
+    assert "row 1" not in str(refused.value)
     with pytest.raises(ArgumentError, match="reads texts"):
         fitted(gpt2).predict(candidates=[np.eye(2)])
