@@ -80,7 +80,10 @@ def trained(name: str, data: Trajectories, weight: float, next_value: str, steps
         learning_rate=1e-3,
     )  # fmt: skip
     posterior: Any = brm.fit(program, data, inference=engine, seed=seed)
-    act = lambda states: posterior.action_values(states).argmax(1).numpy()  # noqa: E731
+
+    def act(states: Any) -> Any:
+        return posterior.action_values(states).argmax(1).numpy()
+
     return float(episodes(name, act, [50_000 + i for i in range(EPISODES)])[2][1].mean())
 
 

@@ -1,5 +1,6 @@
 """AVRIL on language models: AVA-d on demonstrations, AVA-p on preferences."""
 
+import abc
 import logging
 import math
 import time
@@ -105,7 +106,7 @@ class TrainedTogether(torch.nn.Module):
         return self.network.device
 
 
-class TextObjective:
+class TextObjective(abc.ABC):
     """Minus AVRIL's objective on token sequences, a sum over rows.
 
     A step that several responses or rows share, the same tokens behind the same prompt, is one latent reward: its
@@ -198,11 +199,11 @@ class TextObjective:
         """Whether the distribution of the next token enters the objective."""
         return self.engine.constraint_weight > 0.0
 
+    @abc.abstractmethod
     def log_likelihood(
         self, places: Sequence[tuple[int, int]], items: np.ndarray, steps: TokenSteps, number: int
     ) -> Tensor:
         """E_q[log p(what the rows tell)], float64."""
-        raise NotImplementedError
 
     def prior_loss(self) -> Tensor:
         """Minus the log prior of the likelihood's latents."""

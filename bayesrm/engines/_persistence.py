@@ -4,17 +4,9 @@ That of a language-model reward also holds `adapter/`, the trained adapter and h
 """
 
 import dataclasses
-import hashlib
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import safetensors
-import safetensors.torch
 
 from .._typing import Tensor
 from ..errors import LikelihoodChangedWarning, PersistenceError
@@ -26,6 +18,7 @@ from ..rewards._subspaces import subspace_from
 from ..rewards.heads import head_config
 from ..rewards.tangent import Tangent
 from ._kron import DiagCovariance, KronCovariance
+from ._saved_run import new_run, read_run, write_run
 from ._schema import FeedbackSchema
 from .draws_posterior import DrawsPosterior
 from .gaussian_posterior import GaussianPosterior
@@ -34,8 +27,6 @@ from .posterior import Posterior
 from .report import FitReport
 from .token_posterior import TokenPosterior
 
-FORMAT_VERSION = 1
-_SETTINGS, _TENSORS, _MANIFEST = "posterior.json", "posterior.safetensors", "manifest.json"
 _ADAPTER, _SCORER = "adapter", "scorer"
 _HEADS = {"Linear": Linear, "MLP": MLP, "PairwiseHead": PairwiseHead}
 _COVARIANCES: dict[str, Any] = {"KronCovariance": KronCovariance, "DiagCovariance": DiagCovariance}
@@ -49,54 +40,19 @@ _POSTERIORS: dict[str, Any] = {
 
 def save(posterior: Posterior, path: str | Path) -> None:
     """Writes `posterior` to folder `path`; an existing run there is replaced only when the new one is complete."""
-    target = Path(path)
     tensors = posterior._state()
     settings: dict[str, Any] = {
         "type": type(posterior).__name__,
         "schema": dataclasses.asdict(posterior.schema),
         "report": dataclasses.asdict(posterior.report),
     }
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _MANIFEST).exists())):
-        raise PersistenceError(f"{target} exists and is not a saved posterior; choose another folder")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise PersistenceError(f"cannot write to {target.parent}: {error}") from error
-    try:
+    with new_run(path) as folder:
         head = posterior.program.head
         scored = {"reward": _save_scorer(head, folder)} if isinstance(head, TokenRewardHead) else {}
         settings["program"] = _program_config(posterior.program, **scored)
-        (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-        safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / _TENSORS)
+        write_run(folder, settings, tensors)
         if isinstance(head, Tangent | NetworkDraws):
             head.network.save_adapter(folder / _ADAPTER)
-        files = {str(f.relative_to(folder)): _digest(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-        manifest = {"format": "bayesrm.posterior", "version": FORMAT_VERSION, "sha256": files}
-        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        folder.chmod(0o755)
-        put_in_place(folder, target)
-    except OSError as error:
-        raise PersistenceError(f"cannot write {target}: {error}") from error
-    finally:
-        # Gone already unless something, an interrupt too, kept it from taking the target's place.
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def put_in_place(folder: Path, target: Path) -> None:
-    """Moves a complete folder to where a run is to be; one that is there goes only when the new one has its place."""
-    if not target.exists():
-        os.replace(folder, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    os.replace(target, old / target.name)
-    try:
-        os.replace(folder, target)
-    except OSError:
-        os.replace(old / target.name, target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def load(path: str | Path, likelihood: Any = None) -> Posterior:
@@ -104,23 +60,7 @@ def load(path: str | Path, likelihood: Any = None) -> Posterior:
     import warnings
 
     folder = Path(path)
-    manifest = _read_json(folder / _MANIFEST)
-    if manifest.get("format") != "bayesrm.posterior" or manifest.get("version") != FORMAT_VERSION:
-        raise PersistenceError(
-            f"{folder / _MANIFEST} describes {manifest.get('format')!r} version {manifest.get('version')!r}; "
-            f"this release reads 'bayesrm.posterior' version {FORMAT_VERSION}"
-        )
-    for name in dict.fromkeys([_SETTINGS, _TENSORS, *manifest.get("sha256", {})]):
-        file = folder / name
-        if not file.is_file():
-            raise PersistenceError(f"{file} is missing; the run directory is incomplete")
-        if _digest(file) != manifest.get("sha256", {}).get(name):
-            raise PersistenceError(f"{file} differs from the digest in {_MANIFEST}; it was damaged or edited")
-    settings = _read_json(folder / _SETTINGS)
-    try:
-        tensors = safetensors.torch.load_file(folder / _TENSORS)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise PersistenceError(f"{folder / _TENSORS} cannot be read: {error}") from error
+    settings, tensors = read_run(folder)
     if settings["type"] == "TrajectoryPosterior":
         raise PersistenceError(
             f"{folder} holds a posterior over rewards of trajectories; read it by "
@@ -260,20 +200,3 @@ def _program(
     else:
         likelihood, changed = likelihoods.from_config(config["likelihood"])
     return RewardModel(head, likelihood, Gaussian(**config["prior"])), changed
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise PersistenceError(f"{file} is missing; is {file.parent} a saved posterior?") from error
-    except (OSError, ValueError) as error:
-        raise PersistenceError(f"{file} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise PersistenceError(f"{file} does not hold a JSON object")
-    return value
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

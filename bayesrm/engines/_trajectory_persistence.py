@@ -1,17 +1,12 @@
 """A `TrajectoryPosterior` on disk: the files that other posteriors have too."""
 
 import dataclasses
-import json
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 
 from .._typing import Tensor
@@ -21,62 +16,26 @@ from ..priors import Gaussian
 from ..programs import InverseRL
 from ..programs.tabular_mdp import TabularMDP
 from ..rewards import StateReward
+from ._saved_run import new_run, read_run, write_run
 from .report import FitReport
 from .trajectory_posterior import DrawnRewards, NetworkRewards, StateRewards, TrajectoryPosterior
 
 
 def save(posterior: TrajectoryPosterior, path: str | Path) -> None:
     """Writes `posterior` to folder `path`; an existing run there is replaced only when the new one is complete."""
-    from ._persistence import _MANIFEST, _SETTINGS, _TENSORS, FORMAT_VERSION, _digest, put_in_place
-
-    target = Path(path)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _MANIFEST).exists())):
-        raise PersistenceError(f"{target} exists and is not a saved posterior; choose another folder")
     settings, tensors = to_saved(posterior)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise PersistenceError(f"cannot write to {target.parent}: {error}") from error
-    try:
-        (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-        safetensors.torch.save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / _TENSORS)
-        files = {f.name: _digest(f) for f in sorted(folder.iterdir())}
-        manifest = {"format": "bayesrm.posterior", "version": FORMAT_VERSION, "sha256": files}
-        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        folder.chmod(0o755)
-        put_in_place(folder, target)
-    except OSError as error:
-        raise PersistenceError(f"cannot write {target}: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with new_run(path) as folder:
+        write_run(folder, settings, tensors)
 
 
 def load(path: str | Path, likelihood: Any = None) -> TrajectoryPosterior:
     """Reads the posterior in folder `path`, after checking its files against the manifest."""
-    from ._persistence import _MANIFEST, _SETTINGS, _TENSORS, FORMAT_VERSION, _digest, _read_json
-
     folder = Path(path)
-    manifest = _read_json(folder / _MANIFEST)
-    if manifest.get("format") != "bayesrm.posterior" or manifest.get("version") != FORMAT_VERSION:
-        raise PersistenceError(
-            f"{folder / _MANIFEST} describes {manifest.get('format')!r} version {manifest.get('version')!r}; "
-            f"this release reads 'bayesrm.posterior' version {FORMAT_VERSION}"
-        )
-    for name in (_SETTINGS, _TENSORS):
-        if not (folder / name).is_file():
-            raise PersistenceError(f"{folder / name} is missing; the run directory is incomplete")
-        if _digest(folder / name) != manifest.get("sha256", {}).get(name):
-            raise PersistenceError(f"{folder / name} differs from the digest in {_MANIFEST}; it was damaged or edited")
-    settings = _read_json(folder / _SETTINGS)
+    settings, tensors = read_run(folder)
     if settings.get("type") != TrajectoryPosterior.__name__:
         raise PersistenceError(
             f"{folder} holds a {settings.get('type')}; read it with `bayesrm.Posterior.from_pretrained`"
         )
-    try:
-        tensors = safetensors.torch.load_file(folder / _TENSORS)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise PersistenceError(f"{folder / _TENSORS} cannot be read: {error}") from error
     posterior, changed = from_saved(settings, tensors, likelihood)
     for name in changed:
         warnings.warn(

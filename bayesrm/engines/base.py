@@ -144,15 +144,14 @@ def programs_of(engine: Engine | type) -> tuple[type, ...]:
 def _default_engine(model: Any, data: Any) -> Engine:
     if isinstance(model, GoodnessPosterior):
         exhaustive = isinstance(data, ScoredCandidates) and data.exhaustive
-        engine: Any = Enumeration() if exhaustive else ImportanceSampling()
-    elif isinstance(model, InverseRL):
+        return Enumeration() if exhaustive else ImportanceSampling()
+    if isinstance(model, InverseRL):
         # On text, the published weight leaves the posterior without entropy.
-        engine = AVRIL() if isinstance(data, Trajectories) else AVRIL(constraint_weight=0.1)
-    else:
-        engine = next((e() for e in (Laplace, MAP) if isinstance(model, programs_of(e))), None)
-        if engine is None:
-            raise ArgumentError(f"`inference` is missing, and no engine of this package serves {type(model).__name__}")
-    return engine  # type: ignore[no-any-return]
+        return AVRIL() if isinstance(data, Trajectories) else AVRIL(constraint_weight=0.1)
+    for engine in (Laplace, MAP):
+        if isinstance(model, programs_of(engine)):
+            return engine()
+    raise ArgumentError(f"`inference` is missing, and no engine of this package serves {type(model).__name__}")
 
 
 def _engines_for(model: Any) -> str:

@@ -217,7 +217,8 @@ class CorrectorNetwork(torch.nn.Module):
         """
         readings = self.encode(prompts, responses)
         written = [reading.response for reading in self.encode(prompts, targets)]
-        return self(**self.collate(readings, written))  # type: ignore[no-any-return]
+        found: Tensor = self(**self.collate(readings, written))
+        return found
 
     def correct(self, prompts: Sequence[Content], responses: Sequence[Content], *, batch_size: int = 16) -> list[str]:
         """Corrected responses, the most probable token after token.
