@@ -29,6 +29,7 @@ from .calibration import CalibrationCheck, check_calibration
 from .convergence import Convergence, convergence, of_chains
 from .coverage import Coverage, coverage
 from .credit import Credit, credit, credit_html, credit_table, save_credit_html
+from .cross_validation import CrossValidation, cross_validate
 from .events import Events, predicted_events, randomised_pit, top_label
 from .feedback_statistics import (
     STATISTICS,
@@ -78,6 +79,7 @@ __all__ = [
     "Convergence",
     "Coverage",
     "Credit",
+    "CrossValidation",
     "CurveDifference",
     "Estimate",
     "Events",
@@ -117,6 +119,7 @@ __all__ = [
     "credit",
     "credit_html",
     "credit_table",
+    "cross_validate",
     "ecdf_band",
     "evaluate_rewardbench",
     "first_place_entropy",
