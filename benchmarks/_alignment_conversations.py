@@ -1,6 +1,7 @@
-"""MTPO on conversations of two turns: mirror descent in every state, on values of turns estimated from rollouts."""
+"""MTPO and MTPO-tau on conversations of two turns: mirror descent in every state, on values estimated from rollouts."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from _alignment_methods import published
@@ -8,13 +9,16 @@ from _alignment_training import Schedule
 from torch import Tensor
 
 import bayesrm as brm
-from bayesrm.alignment import multi_turn
+from bayesrm.alignment import Method, multi_turn
 from bayesrm.programs import ScoredCandidates
 
 SPEECHES, ANSWERS = 3, 3
 TAU = 0.1
 STEP = 4.0
 METHOD = published("mtpo", step=STEP, tau=TAU)
+#: MTPO-tau, a quarter of whose mixture is the reference.
+MIXED_STEP = 2.5
+MIXED = published("mtpo", step=MIXED_STEP, tau=TAU, mixture=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +48,25 @@ class Conversations:
             ]
         )
 
+    def resting(self) -> Tensor:
+        """Where the exact step of `MIXED` leaves the policy, log-probabilities of shape `(seeds, states, speeches)`."""
+        found = []
+        for judge, ref in zip(self.preferences, self.reference, strict=True):
+            p0 = policy = ref.softmax(1)
+            for _ in range(400):
+                policy = multi_turn.mirror_descent_step(
+                    self.tree, policy, judge, reference=p0, step_size=MIXED_STEP, regularisation=TAU, mixture=True
+                )
+            found.append(policy.log())
+        return torch.stack(found)
+
+    def divergence_from(self, other: Tensor, logits: Tensor) -> Tensor:
+        """KL(other || policy) of whole conversations in each run, shape `(seeds,)`."""
+        log_q = torch.log_softmax(logits, 2)
+        by_state = (other.exp() * (other - log_q)).sum(2)
+        reached = torch.stack([self.tree.reach(one.exp())[0] for one in other])
+        return (reached * by_state).sum(1)
+
 
 def make_conversations(num_seeds: int) -> Conversations:
     """Random conversations; the judge is cyclic in first and last speech together, and has tastes of its own."""
@@ -69,24 +92,35 @@ def make_conversations(num_seeds: int) -> Conversations:
 
 
 def train_mtpo(
-    world: Conversations, schedule: Schedule, *, seed: int, rollouts: int = 4, records: int = 20
-) -> tuple[list[int], Tensor]:
+    world: Conversations, schedule: Schedule, measure: Callable[[Tensor], Tensor], *, seed: int,
+    method: Method = METHOD, rollouts: int = 4, records: int = 20,
+) -> tuple[list[int], Tensor]:  # fmt: skip
     """Trains on sampled speeches and rollouts.
 
-    In each round and state `METHOD.num_candidates` speeches are drawn; each is followed by `rollouts` conversations to
-    their end, and each end is judged against one conversation of the same policy. What the second turn costs in
-    divergence is taken off the first speech's value.
+    In each round and state `method.num_candidates` speeches are drawn; each is followed by `rollouts` conversations to
+    their end, and each end is judged against one conversation of the same player: the policy, or with a mixture that of
+    policy and reference. What the second turn costs in divergence is taken off the first speech's value.
+
+    Args:
+        world: The conversations.
+        schedule: Rounds, steps and learning rate.
+        measure: From logits to a number for each run, for the records.
+        seed: Seed of all draws.
+        method: MTPO, or with a proposal of `"mixture"` MTPO-tau.
+        rollouts: Conversations that finish a first speech, and opponents.
+        records: Most records.
 
     Returns:
-        Rounds done at each record, and the exploitability, shape `(records, seeds)`.
+        Rounds done at each record, and what was measured, shape `(records, seeds)`.
     """
+    share = method.mixture_weight if method.proposal == "mixture" else 0.0
     generator = torch.Generator().manual_seed(seed)
     seeds, states, _ = world.reference.shape
     log_p0 = torch.log_softmax(world.reference, 2)
     logits = world.reference.clone().requires_grad_()
     optimizer = torch.optim.SGD([logits], lr=schedule.rate)
     kept_at = {round(schedule.rounds ** (k / records)) for k in range(1, records + 1)}
-    turns, found = [0], [world.exploitability(world.reference)]
+    turns, found = [0], [measure(world.reference)]
     total = schedule.rounds * schedule.steps
 
     def draw(probs: Tensor, num: int) -> Tensor:
@@ -95,40 +129,43 @@ def train_mtpo(
 
     for turn in range(schedule.rounds):
         log_pi = torch.log_softmax(logits.detach(), 2)
-        pi = log_pi.exp()
-        n = METHOD.num_candidates
-        speeches = draw(pi, n)
+        log_player = torch.log_softmax((1.0 - share) * log_pi + share * log_p0, 2)
+        player = log_player.exp()
+        n = method.num_candidates
+        speeches = draw(player, n)
         own = (torch.arange(states)[None, :, None] - 1) * SPEECHES + speeches
         # From the start, a conversation goes on with an answer and a second speech, for candidates and opponents alike.
-        firsts = torch.cat([speeches[:, 0], draw(pi[:, 0], rollouts)], 1)[..., None].expand(-1, -1, rollouts)
+        firsts = torch.cat([speeches[:, 0], draw(player[:, 0], rollouts)], 1)[..., None].expand(-1, -1, rollouts)
         answered = draw(world.answers[firsts], 1)[..., 0]
         after = 1 + firsts * ANSWERS + answered
         run = torch.arange(seeds)[:, None, None]
-        second = draw(pi[run, after], 1)[..., 0]
-        cost = TAU * (log_pi - log_p0)[run, after, second]
+        second = draw(player[run, after], 1)[..., 0]
+        cost = TAU * (log_player - log_p0)[run, after, second]
         ends = (after - 1) * SPEECHES + second
         opponents = ends[:, n:, 0]
         judge = world.preferences
         worth = judge[run, own.flatten(1)[..., None], opponents[:, None, :]].mean(2).reshape(seeds, states, n)
         wins = judge[run, ends[:, :n], opponents[:, None, :]]
         worth[:, 0] = (wins - cost[:, :n]).mean(2)
-        candidates = _states(worth, log_p0, log_pi, speeches)
-        posterior = METHOD.weigh(candidates)
+        candidates = _states(worth, log_p0, log_player, log_pi, speeches)
+        posterior = method.weigh(candidates)
         for step in range(schedule.steps):
             optimizer.param_groups[0]["lr"] = schedule.rate * (1.0 - (turn * schedule.steps + step) / total)
             log_q = torch.log_softmax(logits, 2).gather(2, speeches).flatten(0, 1)
             optimizer.zero_grad()
-            METHOD.loss(log_q, posterior).sum().backward()
+            method.loss(log_q, posterior).sum().backward()
             optimizer.step()
         if turn + 1 in kept_at:
             turns.append(turn + 1)
-            found.append(world.exploitability(logits.detach()))
+            found.append(measure(logits.detach()))
     return turns, torch.stack(found)
 
 
-def _states(worth: Tensor, log_p0: Tensor, log_pi: Tensor, speeches: Tensor) -> ScoredCandidates:
+def _states(
+    worth: Tensor, log_p0: Tensor, log_player: Tensor, log_pi: Tensor, speeches: Tensor
+) -> ScoredCandidates:  # fmt: skip
     """Candidates of every state of every run, the value of a turn in the place of a reward."""
     values = worth.flatten(0, 1)
-    taken = [x.gather(2, speeches).flatten(0, 1) for x in (log_p0, log_pi)]
+    taken = [x.gather(2, speeches).flatten(0, 1) for x in (log_p0, log_player, log_pi)]
     belief = brm.RewardBelief(values, torch.zeros(*values.shape, 1, dtype=torch.float64))
-    return ScoredCandidates(belief, taken[0], proposal=taken[1], anchor=taken[1])
+    return ScoredCandidates(belief, taken[0], proposal=taken[1], anchor=taken[2])

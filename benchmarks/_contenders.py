@@ -25,6 +25,12 @@ HEADS: dict[str, Any] = {
     "MLP": brm.rewards.MLP(hidden=(16,)),
     "GP": brm.rewards.GaussianProcess(standardize=False),
 }
+#: Prior precisions that cross-validation chooses from.
+PRECISIONS: dict[str, Sequence[float]] = {
+    "linear": [25.0 * 2**k for k in range(9)],
+    "MLP": [0.1, 0.3, 1.0, 3.0, 10.0],
+    "GP": [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,13 +163,26 @@ def note(text: str) -> None:
 
 
 def tuned_precision(head: str, train: Pairs) -> tuple[float, float]:
-    """Prior precision by Laplace's evidence, and the seconds that finding it took."""
+    """Prior precision with which `Laplace` predicts held-out training prompts best, and the seconds of the search.
+
+    The pairs of players have no prompts to hold out, and fewer parameters than rows: theirs is by Laplace's evidence.
+    """
     model = brm.RewardModel(HEADS[head], brm.likelihoods.BradleyTerry())
-    engine = brm.Laplace(prior_precision="marginal_likelihood")
     begin = time.perf_counter()
-    precision = brm.fit(model, train.comparisons(), inference=engine).report.prior_precision
-    assert isinstance(precision, float)
-    return precision, time.perf_counter() - begin
+    if train.across_prompts:
+        engine = brm.Laplace(prior_precision="marginal_likelihood")
+        found = brm.fit(model, train.comparisons(), inference=engine).report.prior_precision
+        assert isinstance(found, float)
+        return found, time.perf_counter() - begin
+    data = train.comparisons()
+    scores = {}
+    for precision in PRECISIONS[head]:
+        declared = dataclasses.replace(model, prior=brm.priors.Gaussian(precision))
+        scores[precision] = brm.diagnostics.cross_validate(declared, data, inference=brm.Laplace()).elpd
+    best = max(scores, key=lambda p: scores[p])
+    if best in (PRECISIONS[head][0], PRECISIONS[head][-1]):
+        note(f"{head}: the best prior precision, {best:g}, is at the end of those tried")
+    return best, time.perf_counter() - begin
 
 
 def fit_and_predict(head: str, engine: Any, train: Pairs, test: Pairs, *, precision: float, seed: int) -> Prediction:

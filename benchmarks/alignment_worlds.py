@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from _alignment_claims import Size, number, over_seeds, say
-from _alignment_conversations import METHOD, make_conversations, train_mtpo
+from _alignment_conversations import METHOD, MIXED, make_conversations, train_mtpo
 from _alignment_estimates import at_target, coverage, lowest_by_pairs, restricted, shrinkage
 from _alignment_figures import draw_uncertain, draw_worlds
 from _alignment_gradients import bonbon, largest_deviation, lowest, small, without_score_function
@@ -45,6 +45,8 @@ from bayesrm.programs import ScoredCandidates
 NUM_SEEDS = 8
 #: The last iterate leaves at most this share of what the reference leaves to a best response.
 EXPLOITABILITY_LEFT = 0.1
+#: The last iterate of MTPO-tau keeps at most this share of the reference's divergence from where the exact step rests.
+DIVERGENCE_LEFT = 0.05
 
 
 FULL = Size(NUM_SEEDS, 2000, 20_000, 60, 40)
@@ -124,14 +126,30 @@ def _soft_q_learning_otherwise(size: Size, world: World) -> list[Claim]:
 
 
 def conversations(size: Size) -> tuple[list[Claim], dict[str, Any]]:
-    """MTPO."""
+    """MTPO, and MTPO-tau, in which the mixture of policy and reference plays."""
     world = make_conversations(size.seeds)
-    rounds, left = train_mtpo(world, Schedule(size.rounds, 1, 0.5), seed=0)
+    rounds, left = train_mtpo(world, Schedule(size.rounds, 1, 0.5), world.exploitability, seed=0)
     name = "MTPO, two turns: exploitability of the last iterate over the reference's"
     claims = [Claim(name, over_seeds(left[-1] / left[0]), maximum=EXPLOITABILITY_LEFT)]
+    rest = world.resting()
+    _, apart = train_mtpo(
+        world, Schedule(size.rounds, 1, 0.5), lambda logits: world.divergence_from(rest, logits), seed=0, method=MIXED
+    )
+    claims += [
+        Claim(
+            "MTPO-tau, two turns: KL(where its exact step rests || last iterate) over that of the reference",
+            over_seeds(apart[-1] / apart[0]),
+            maximum=DIVERGENCE_LEFT,
+        ),
+        Claim(
+            "MTPO-tau, two turns: exploitability where its exact step rests, over the reference's",
+            over_seeds(world.exploitability(rest) / left[0]),
+        ),
+    ]
     say(claims)
     calls = [r * METHOD.num_candidates for r in rounds]
-    return claims, {"rounds": rounds, "candidates": calls, "exploitability": left.mean(1).tolist()}
+    details = {"exploitability": left.mean(1).tolist(), "mixture": apart.mean(1).tolist()}
+    return claims, {"rounds": rounds, "candidates": calls} | details
 
 
 def descend_their_losses(size: Size) -> list[Claim]:

@@ -11,8 +11,9 @@ standardised by the training responses), 400 training pairs, held-out prompts in
 One task with items: the models of AlpacaEval by their win rates over each other, for `choix` (expectation propagation),
 with choices simulated under known strengths as well, and long chains (`NUTS`) as the judge of mean and deviation.
 
-Contenders take turns on every fold. RewardUQ and BoTorch run in an environment of their own, made by
-`uv venv peers && uv pip install --python peers/bin/python PACKAGES` (the list is in `rewarduq_child.py`) and named by
+Our engines share one prior precision a split, chosen by cross-validation of `Laplace` inside the training pairs (by its
+marginal likelihood for items). Contenders take turns on every fold. RewardUQ and BoTorch run in an environment of their
+own, made by `uv venv peers && uv pip install --python peers/bin/python PACKAGES` (the list is in `rewarduq_child.py`) and named by
 `--peers-python peers/bin/python`; without it they are left out, and the output says so. RewardUQ's heads get the
 features in the place of its backbone's; its settings are those of its repository's `configs/method/.../default.yaml`
 (the wheel has none), one epoch for instance, and others that suit small data better. Two rows each: "as published" has
@@ -79,7 +80,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def ours(head: str, engine: Any, train: Pairs, test: Pairs, k: int) -> Prediction:
-    """One of our engines, at the precision that Laplace's evidence finds for its head."""
+    """One of our engines, at the precision that `tuned_precision` finds for its head."""
     return fit_and_predict(head, engine, train, test, precision=tuned(head, train), seed=k)
 
 
@@ -87,7 +88,7 @@ _PRECISIONS: dict[tuple[str, bytes], float] = {}
 
 
 def tuned(head: str, train: Pairs) -> float:
-    """The prior precision by Laplace's evidence, found once a split."""
+    """The prior precision of a head, found once a split."""
     key = (head, train.pairs.tobytes())
     if key not in _PRECISIONS:
         _PRECISIONS[key] = tuned_precision(head, train)[0]
@@ -120,7 +121,7 @@ def own_contenders(heads: Sequence[str]) -> dict[str, Contender]:
         JUDGE: brm.NUTS(),
     }
     found: dict[str, Contender] = {name: functools.partial(ours, "linear", e) for name, e in linear.items()}
-    found["linear, Laplace with tuning"] = with_tuning
+    found["linear, Laplace, evidence"] = by_evidence
     if "MLP" in heads:
         found["MLP, Laplace"] = functools.partial(ours, "MLP", brm.Laplace())
         found["MLP, Ensemble of 20"] = functools.partial(ours, "MLP", brm.Ensemble(num_members=20))
@@ -137,8 +138,8 @@ def at_true_prior(engine: Any, train: Pairs, test: Pairs, k: int) -> Prediction:
     return fit_and_predict("linear", engine, train, test, precision=precision, seed=k)
 
 
-def with_tuning(train: Pairs, test: Pairs, k: int) -> Prediction:
-    """Laplace with the search for the prior precision inside the fit."""
+def by_evidence(train: Pairs, test: Pairs, k: int) -> Prediction:
+    """Laplace at the prior precision with the largest marginal likelihood, found inside the fit."""
     engine = brm.Laplace(prior_precision="marginal_likelihood")
     return fit_and_predict("linear", engine, train, test, precision=1.0, seed=k)
 

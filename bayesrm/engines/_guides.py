@@ -15,9 +15,10 @@ _START_STD = 0.1
 
 
 class Guide(abc.ABC):
-    """A normal distribution with parameters to optimise."""
+    """A normal distribution with parameters to optimise, and the step size of each in units of the common one."""
 
     parameters: Sequence[Tensor]
+    step_sizes: Sequence[float]
 
     @abc.abstractmethod
     def _moments(self, stopped: bool) -> tuple[Tensor, "_Spread"]:
@@ -86,7 +87,10 @@ class _Spread:
         if tril is None:
             assert self.columns is not None
             tril = torch.linalg.cholesky(torch.diag(self.scale.square()) + self.columns @ self.columns.T)
-        factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(tril))
+        # Of the triangular inverse itself: its square would lose half of the digits.
+        inverse = torch.linalg.solve_triangular(tril, torch.eye(len(tril), dtype=tril.dtype), upper=False)
+        upper = torch.linalg.qr(inverse, mode="r").R
+        factor: Tensor = (upper * upper.diagonal().sign()[:, None]).T
         return factor
 
 
@@ -97,7 +101,11 @@ def _log_normal(x: Tensor) -> Tensor:
 
 
 class _FullRank(Guide):
-    """x = center + root (shift + T eps): preconditioned, so that one step size suits every direction."""
+    """x = center + root (shift + T eps): preconditioned, so that one step size suits every direction.
+
+    Adam moves all entries by about the same amount, and up to D of them make one coordinate: those below the diagonal
+    take steps of 1 / sqrt(D), or their noise would drown the rest where D is large.
+    """
 
     def __init__(self, center: Tensor, root: Tensor) -> None:
         size = len(center)
@@ -106,6 +114,7 @@ class _FullRank(Guide):
         self._log_diagonal = torch.zeros(size, dtype=torch.float64, requires_grad=True)
         self._lower = torch.zeros(size, size, dtype=torch.float64, requires_grad=True)
         self.parameters = [self._shift, self._log_diagonal, self._lower]
+        self.step_sizes = [1.0, 1.0, size**-0.5]
 
     def _moments(self, stopped: bool) -> tuple[Tensor, _Spread]:
         shift, log_diagonal, lower = (p.detach() if stopped else p for p in self.parameters)
@@ -122,6 +131,7 @@ class _Diagonal(Guide):
         self._log_scale = scale.log().requires_grad_(True)
         self._columns = None if columns is None else columns.requires_grad_(True)
         self.parameters = [self._mean, self._log_scale, *([] if self._columns is None else [self._columns])]
+        self.step_sizes = [1.0] * len(self.parameters)
 
     def _moments(self, stopped: bool) -> tuple[Tensor, _Spread]:
         found = [p.detach() if stopped else p for p in self.parameters]

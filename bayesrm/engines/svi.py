@@ -168,7 +168,12 @@ class SVI:
 
     def _optimise(self, problem: Problem, guide: Guide, generator: torch.Generator, progress: bool) -> bool:
         """Maximises the bound; returns whether it had settled at the end."""
-        optimiser = torch.optim.Adam(guide.parameters, lr=self.learning_rate)
+        optimiser = torch.optim.Adam(
+            [
+                {"params": [parameter], "lr": self.learning_rate * size}
+                for parameter, size in zip(guide.parameters, guide.step_sizes, strict=True)
+            ]
+        )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.num_steps)
         batches = _batches(problem.density.groups, self.batch_size, generator)
         whole = problem.density

@@ -67,6 +67,17 @@ def test_full_rank_is_the_closest_normal_and_its_bound_is_below_the_evidence():
     assert found["elbo"] < evidence + 4.5 * found["elbo_std_error"]
 
 
+def test_full_rank_stays_near_the_evidence_with_many_coordinates():
+    # 250 coordinates have 31,125 entries below the diagonal, whose noise must not add up: it cost 4 nats.
+    model = brm.RewardModel(brm.rewards.Linear(standardize=False), L.BradleyTerry(), brm.priors.Gaussian(300.0))
+    data = model.simulate(make_data(rows=250, num_features=300), seed=0).data
+    posterior = brm.fit(model, data, inference=brm.SVI(num_steps=300))
+    exact = brm.fit(model, data, inference=brm.ImportanceSampling(num_samples=20_000)).report
+    found = posterior.report.diagnostics
+    assert posterior.report.converged
+    assert -0.5 < found["elbo"] - exact.log_evidence < 4.5 * found["elbo_std_error"]
+
+
 def test_mean_field_of_a_normal_posterior_has_the_diagonal_of_its_precision():
     # 600 comparisons of strongly correlated features: the posterior is nearly normal.
     rng = np.random.default_rng(0)
