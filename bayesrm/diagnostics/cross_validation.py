@@ -16,6 +16,7 @@ from ..engines import FitReport, fit
 from ..engines.prediction import FeedbackPrediction, GroupPrediction
 from ..errors import ArgumentError
 from ..programs import RewardModel
+from ..rewards import FeatureExtractor
 from .loo import LeaveOut
 
 
@@ -100,7 +101,7 @@ def cross_validate(
             f"`num_folds` is {num_folds}; with feedback on {len(prompts)} prompts it lies between 2 and {len(prompts)}"
         )
     extractor = getattr(program.reward, "features", None)
-    if extractor is not None and data.features is None:
+    if isinstance(extractor, FeatureExtractor) and data.features is None:
         data = data.with_features(extractor.extract_items(data, progress=progress))
     fold_of_prompt = np.random.default_rng(seed).permutation(len(prompts)) % num_folds
     fold = fold_of_prompt[np.searchsorted(prompts, prompt)]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .._typing import Array, Tensor
+from .._typing import Tensor
 from ..beliefs import RewardBelief
 from ..data import Comparisons
 from ..data.groups import FeedbackGroup
@@ -19,6 +19,7 @@ from ..data.rendering import Content
 from ..errors import ArgumentError, ConvergenceWarning, PersistenceError
 from ..programs import RewardModel
 from ..rewards import LoRANetwork
+from ..rewards.heads import MixtureHead
 from ._schema import FeedbackSchema
 from ._shared_prefix import MemberForward, swapped_weights
 from .posterior import Posterior
@@ -27,7 +28,7 @@ from .training import Training, TrainingReport
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NetworkDraws:
+class NetworkDraws(MixtureHead):
     """A language model under S draws of its weights: the features of an item are its S rewards.
 
     One backbone is in memory; each batch of sequences runs under all draws before the next, and layers in front of the
@@ -51,32 +52,9 @@ class NetworkDraws:
             )
 
     @property
-    def standardize(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def is_linear(self) -> bool:
-        """Always, in the share of each draw."""
-        return True
-
-    @property
-    def features(self) -> "NetworkDraws":
-        """The draws make their own features."""
-        return self
-
-    @property
     def num_features(self) -> int:
         """S."""
         return len(self.draws)
-
-    def parameter_shapes(self, num_features: int) -> dict[str, tuple[int, ...]]:
-        """`{"share": (S,)}`."""
-        return {"share": (num_features,)}
-
-    def apply(self, parameters: Mapping[str, Array], features: Array) -> Any:
-        """Rewards under a mixture of the draws, shape `(...,)`, of features of shape `(..., S)`."""
-        return features @ parameters["share"]
 
     @cached_property
     def _forward(self) -> MemberForward:

@@ -13,14 +13,6 @@ if TYPE_CHECKING:
     from .corrector import Corrector
 
 
-def encoder_of(settings: "Corrector") -> Encoder:
-    """Configuration and tokenizer of the model behind `settings`."""
-    return Encoder(
-        settings.model, revision=settings.revision, pooling="last", layer=-1, device=settings.device,
-        dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, watch_files=False,
-    )  # fmt: skip
-
-
 def load_corrector(settings: "Corrector", source: Encoder, seed: int) -> Any:
     """The model, with adapters where asked, at its starting point."""
     from transformers import AutoConfig

@@ -13,14 +13,6 @@ if TYPE_CHECKING:
     from .lora import LoRA
 
 
-def encoder_of(settings: "LoRA") -> Encoder:
-    """Configuration and tokenizer of the model behind `settings`."""
-    return Encoder(
-        settings.model, revision=settings.revision, pooling="last", layer=-1, device=settings.device,
-        dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, watch_files=False,
-    )  # fmt: skip
-
-
 def load_classifier(settings: "LoRA", encoder: Encoder, seed: int) -> tuple[Any, list[str]]:
     """The model with a scalar head, and the names of the modules that are trained whole."""
     from transformers import AutoConfig, AutoModelForSequenceClassification

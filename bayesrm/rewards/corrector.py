@@ -1,23 +1,21 @@
 """A language model that rewrites a response into a better one: settings."""
 
 import dataclasses
-import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError
-from ._checks import check_choice, check_device, check_integer
+from ._checks import check_integer
+from ._network_settings import NetworkSettings
 
 if TYPE_CHECKING:
     from .corrector_network import CorrectorNetwork
 
-_DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: Words, so that a tokenizer that drops line breaks still tells the parts apart.
 _TEMPLATE = "{prompt}\n\nResponse:\n{response}\n\nCorrected response:\n"
 
 
 @dataclasses.dataclass(frozen=True)
-class Corrector:
+class Corrector(NetworkSettings):
     """p(corrected response | prompt, response): what a sequence-to-sequence reward model is made of (2409.00162).
 
     A model of two parts (`transformers.AutoModelForSeq2SeqLM`: its encoder reads prompt and response, its decoder
@@ -78,36 +76,14 @@ class Corrector:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str | os.PathLike) or not str(self.model):
-            raise ArgumentError(f"`model` must be a folder or the id of a model, got {self.model!r}")
-        check_integer("rank", self.rank, 0)
+        self._check_network(least_rank=0)
         check_integer("max_prompt_tokens", self.max_prompt_tokens, 1)
         check_integer("max_response_tokens", self.max_response_tokens, 2)
-        if not self.alpha > 0:
-            raise ArgumentError(f"`alpha` is {self.alpha}; it is a positive number")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ArgumentError(f"`dropout` is {self.dropout}; it is a probability below 1")
-        check_choice("on_long", self.on_long, ("shorten", "raise"))
-        check_choice("dtype", self.dtype, _DTYPES)
-        check_device(self.device)
         if not isinstance(self.template, str):
             raise ArgumentError(f"`template` is {self.template!r}; it is a text")
         _ = self.template_parts
-        targets = self.target_modules
-        if targets is not None and not isinstance(targets, str):
-            if not isinstance(targets, Sequence) or not targets or not all(isinstance(t, str) for t in targets):
-                raise ArgumentError(f"`target_modules` is {targets!r}; give names of modules, or 'all-linear'")
-            targets = tuple(targets)
         if self.adapter is not None and self.rank == 0:
             raise ArgumentError("`rank` is 0 (the whole model is trained) and `adapter` is given; leave one out")
-        settled = {
-            "model": os.fspath(self.model),
-            "adapter": None if self.adapter is None else os.fspath(self.adapter),
-            "target_modules": targets,
-            "device": None if self.device is None else str(self.device),
-        }
-        for name, value in settled.items():
-            object.__setattr__(self, name, value)
 
     @property
     def template_parts(self) -> tuple[str, str, str]:
@@ -134,14 +110,3 @@ class Corrector:
         from .corrector_network import CorrectorNetwork
 
         return CorrectorNetwork(self, seed=seed)
-
-    def to_config(self) -> dict[str, Any]:
-        """Settings as JSON values, for `from_config`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Corrector":
-        """The settings that `to_config` described."""
-        # JSON has no tuples.
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        return cls(**values)

@@ -1,9 +1,6 @@
 """A loaded corrector: likelihoods of corrected responses, greedy corrections, and its parameters by site."""
 
-import contextlib
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +11,14 @@ from .._typing import Tensor
 from ..data.rendering import Content
 from ..errors import ArgumentError
 from ._causal_lm import positions_of
-from ._corrector_loading import encoder_of, load_corrector
+from ._corrector_loading import load_corrector
 from ._corrector_tokens import CorrectorCodec, Reading
 from ._corrector_writing import write_greedily
+from ._flat_weights import FlatWeights
 from .corrector import Corrector
-from .lora_network import _site
 
 
-class CorrectorNetwork(torch.nn.Module):
+class CorrectorNetwork(FlatWeights):
     """The network of a `Corrector`; made by `Corrector.load`.
 
     Attributes:
@@ -36,9 +33,8 @@ class CorrectorNetwork(torch.nn.Module):
 
     def __init__(self, settings: Corrector, *, seed: int = 0) -> None:
         super().__init__()
-        self.lock = threading.RLock()
         self.settings = settings
-        source = encoder_of(settings)
+        source = settings.source()
         self.model = load_corrector(settings, source, seed)
         config = self.base.config
         self.two_parts = bool(getattr(config, "is_encoder_decoder", False))
@@ -56,73 +52,10 @@ class CorrectorNetwork(torch.nn.Module):
             for site, p in self.sites.items()
         }
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A lock cannot be copied, and a copy of the network needs its own.
-        return {name: value for name, value in vars(self).items() if name != "lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.lock = threading.RLock()
-
     @property
     def base(self) -> Any:
         """The language model without the wrapper of peft."""
         return self.model.get_base_model() if self.settings.rank else self.model
-
-    @cached_property
-    def sites(self) -> dict[str, torch.nn.Parameter]:
-        """Trainable parameters by site name, in the order of the flat vector `theta`."""
-        return {_site(name): p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network lives."""
-        return next(iter(self.sites.values())).device
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trainable parameters, P."""
-        return sum(p.numel() for p in self.sites.values())
-
-    def theta(self) -> Tensor:
-        """All trainable parameters in one vector, shape `(P,)`, a copy."""
-        with self.lock:
-            return torch.cat([p.detach().reshape(-1) for p in self.sites.values()])
-
-    def set_theta(self, vector: Tensor) -> None:
-        """Writes a vector of shape `(P,)` into the trainable parameters."""
-        with self.lock, torch.no_grad():
-            for p, part in zip(self.sites.values(), self.split(vector).values(), strict=True):
-                p.copy_(part)
-
-    def initial_theta(self) -> Tensor:
-        """Prior mean of all trainable parameters, shape `(P,)`."""
-        return torch.cat([value.reshape(-1) for value in self.initial.values()])
-
-    def set_initial(self, vector: Tensor) -> None:
-        """Sets the prior mean of all trainable parameters, shape `(P,)`."""
-        for site, part in self.split(vector).items():
-            self.initial[site] = part.to(self.initial[site])
-
-    def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """A flat vector of shape `(P,)` by sites."""
-        if vector.shape != (self.num_parameters,):
-            raise ArgumentError(
-                f"`vector` has shape {tuple(vector.shape)}; the corrector has {self.num_parameters} parameters"
-            )
-        parts = vector.split([p.numel() for p in self.sites.values()])
-        return {site: part.reshape(p.shape) for (site, p), part in zip(self.sites.items(), parts, strict=True)}
-
-    @contextlib.contextmanager
-    def weights(self, vector: Tensor) -> Iterator[None]:
-        """Inside the block the trainable parameters are those of a vector of shape `(P,)`; no other thread reads."""
-        with self.lock:
-            own = self.theta()
-            self.set_theta(vector)
-            try:
-                yield
-            finally:
-                self.set_theta(own)
 
     def encode(self, prompts: Sequence[Content], responses: Sequence[Content], *, start: int = 0) -> list[Reading]:
         """Token ids of prompts and responses, one each; errors count items from `start`.
@@ -196,15 +129,6 @@ class CorrectorNetwork(torch.nn.Module):
             finally:
                 handle.remove()
         return logits if logits.dtype == torch.float64 else logits.float()
-
-    def apply_parameters(self, parameters: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Float[Tensor, "n"]:
-        """Log-likelihoods of a collated batch under other parameters, shape `(n,)`; differentiable in them."""
-        values = {
-            f"model.{name}": parameters[_site(name)] for name, p in self.model.named_parameters() if p.requires_grad
-        }
-        with self.lock:
-            result: Tensor = torch.func.functional_call(self, values, kwargs=dict(batch))
-        return result
 
     def log_likelihood(
         self, prompts: Sequence[Content], responses: Sequence[Content], targets: Sequence[Content]

@@ -22,6 +22,7 @@ from ._blocks import assemble, sequence_kinds
 from ._checks import as_member, check_cache_dir, check_choice, check_columns, check_device, check_integer, check_item
 from ._embedding import embed_chunk
 from ._encoder import Encoder
+from ._network_settings import DTYPES
 from ._pooling import pool as pool
 from ._sequences import SEPARATOR as SEPARATOR
 from ._sequences import SequencePlanner
@@ -29,7 +30,6 @@ from .feature_cache import FeatureCache, default_cache_dir
 
 #: Items whose texts and tokens are in memory at one time.
 _CHUNK = 4096
-_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 class TextInput(enum.StrEnum):
@@ -151,7 +151,7 @@ class FeatureExtractor:
         check_integer("max_length", self.max_length, 1)
         check_integer("batch_size", self.batch_size, 1)
         check_integer("layer", self.layer)
-        check_choice("dtype", self.dtype, _DTYPES)
+        check_choice("dtype", self.dtype, DTYPES)
         check_choice("on_long", self.on_long, ("shorten", "raise"))
         check_device(self.device)
         cache_dir = self.cache_dir

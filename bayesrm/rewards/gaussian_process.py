@@ -15,6 +15,7 @@ from ..errors import ArgumentError, DataError
 from ._checks import as_member, check_item
 from ._kernels import Kernel, covariance, median_distance, pivoted_root, variances
 from .features import FeatureExtractor
+from .heads import SelfFeaturedHead
 from .tangent import TangentFeatures
 
 #: The `lengthscale` that the marginal likelihood chooses.
@@ -127,7 +128,7 @@ class GaussianProcess:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class KernelHead:
+class KernelHead(SelfFeaturedHead):
     """A `GaussianProcess` restricted to items: r(x) = phi(x) . z + rest, phi(x) = L^-1 k(items, x), z ~ N(0, I).
 
     What z does not determine has the covariance k(x, x') - phi(x) . phi(x'), joint over the candidates of a prompt; it
@@ -152,21 +153,6 @@ class KernelHead:
     factor: Tensor
     tolerance: float
     uncertain_rest: bool = True
-
-    @property
-    def standardize(self) -> bool:
-        """Never: it standardises on its own."""
-        return False
-
-    @property
-    def is_linear(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def features(self) -> "KernelHead":
-        """It makes its own features."""
-        return self
 
     @property
     def title(self) -> str:

@@ -62,6 +62,37 @@ class Head(Protocol):
         ...
 
 
+class SelfFeaturedHead:
+    """A base of linear heads that make their own features, on a scale of their own."""
+
+    @property
+    def standardize(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def is_linear(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def features(self) -> Any:
+        """The head itself."""
+        return self
+
+
+class MixtureHead(SelfFeaturedHead):
+    """A base of heads whose features of an item are its rewards under S draws, and whose parameter their shares."""
+
+    def parameter_shapes(self, num_features: int) -> dict[str, tuple[int, ...]]:
+        """`{"share": (S,)}`."""
+        return {"share": (num_features,)}
+
+    def apply(self, parameters: Mapping[str, Array], features: Array) -> Any:
+        """Rewards under a mixture of the draws, shape `(...,)`, of features of shape `(..., S)`."""
+        return features @ parameters["share"]
+
+
 def flatten(parameters: Mapping[str, Tensor]) -> Tensor:
     """All parameters in one vector, in the order of the mapping."""
     return torch.cat([p.reshape(-1) for p in parameters.values()])

@@ -15,7 +15,8 @@ from jaxtyping import Float
 
 from .._typing import Tensor
 from ..errors import EngineError
-from .lora_network import LoRANetwork, _site
+from ._flat_weights import site_of
+from .lora_network import LoRANetwork
 
 
 class _Tap(torch.autograd.Function):
@@ -135,7 +136,7 @@ def _owners(network: LoRANetwork, sites: Sequence[str]) -> Iterator[tuple[torch.
     for module_name, module in network.model.named_modules():
         names = {}
         for kind, parameter in module.named_parameters(recurse=False):
-            site = _site(f"{module_name}.{kind}")
+            site = site_of(f"{module_name}.{kind}")
             if site in wanted and parameter is network.sites[site]:
                 names[kind] = site
         if names:

@@ -1,21 +1,19 @@
 """A language model as reward function: low-rank adapters and a scalar head on frozen weights."""
 
 import dataclasses
-import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError
-from ._checks import check_choice, check_device, check_integer
+from ._checks import check_choice, check_integer
+from ._network_settings import NetworkSettings
 
 if TYPE_CHECKING:
     from .lora_network import LoRANetwork
 
-_DTYPES = ("float32", "float64", "float16", "bfloat16")
-
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class LoRA(NetworkSettings):
     """r(x, y) = head(language model with low-rank adapters)(prompt and response in one sequence).
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2106.09685, through peft; any model that
@@ -78,33 +76,10 @@ class LoRA:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str | os.PathLike) or not str(self.model):
-            raise ArgumentError(f"`model` must be a folder or the id of a model, got {self.model!r}")
-        check_integer("rank", self.rank, 1)
+        self._check_network(least_rank=1)
         check_integer("max_length", self.max_length, 1)
-        if not self.alpha > 0:
-            raise ArgumentError(f"`alpha` is {self.alpha}; it is a positive number")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ArgumentError(f"`dropout` is {self.dropout}; it is a probability below 1")
-        check_choice("on_long", self.on_long, ("shorten", "raise"))
         check_choice("padding_side", self.padding_side, ("right", "left"))
-        check_choice("dtype", self.dtype, _DTYPES)
-        check_device(self.device)
-        targets = self.target_modules
-        if targets is not None and not isinstance(targets, str):
-            if not isinstance(targets, Sequence) or not targets or not all(isinstance(t, str) for t in targets):
-                raise ArgumentError(f"`target_modules` is {targets!r}; give names of modules, or 'all-linear'")
-            targets = tuple(targets)
-        layers = _checked_layers(self.layers, targets)
-        settled = {
-            "model": os.fspath(self.model),
-            "adapter": None if self.adapter is None else os.fspath(self.adapter),
-            "target_modules": targets,
-            "layers": layers,
-            "device": None if self.device is None else str(self.device),
-        }
-        for name, value in settled.items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "layers", _checked_layers(self.layers, self.target_modules))
 
     def load(self, seed: int = 0) -> "LoRANetwork":
         """The network at its initialisation.
@@ -119,17 +94,6 @@ class LoRA:
         from .lora_network import LoRANetwork
 
         return LoRANetwork(self, seed=seed)
-
-    def to_config(self) -> dict[str, Any]:
-        """Settings as JSON values, for `from_config`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "LoRA":
-        """The settings that `to_config` described."""
-        # JSON has no tuples.
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        return cls(**values)
 
 
 def _checked_layers(layers: object, targets: object) -> tuple[int, ...] | None:

@@ -2,22 +2,21 @@
 
 import math
 import re
-import threading
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 
 from .._typing import Tensor
 from ..data.comparisons import Comparisons
 from ..data.rendering import Content
 from ..errors import ArgumentError, DataError
+from ._causal_lm import checkpoint_activations
 from ._checks import check_columns, check_item
-from ._lora_loading import accepts, encoder_of, final_layer, load_classifier, with_adapters
+from ._flat_weights import FlatWeights
+from ._lora_loading import accepts, final_layer, load_classifier, with_adapters
 from ._sequences import SequencePlanner
 from .lora import LoRA
 
@@ -29,7 +28,7 @@ _WORTHWHILE = 0.9
 _LEAST_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
-class LoRANetwork(torch.nn.Module):
+class LoRANetwork(FlatWeights):
     """The network of a `LoRA` reward function; made by `LoRA.load`.
 
     Attributes:
@@ -43,9 +42,8 @@ class LoRANetwork(torch.nn.Module):
 
     def __init__(self, settings: LoRA, *, seed: int = 0) -> None:
         super().__init__()
-        self.lock = threading.RLock()
         self.settings = settings
-        self._encoder = encoder_of(settings)
+        self._encoder = settings.source()
         base, trained_whole = load_classifier(settings, self._encoder, seed)
         self._two_parts = bool(getattr(base.config, "is_encoder_decoder", False))
         self._positions = accepts(base, "position_ids")
@@ -58,7 +56,7 @@ class LoRANetwork(torch.nn.Module):
         self.model = with_adapters(settings, base, trained_whole, seed)
         self._settle_precision()
         if settings.gradient_checkpointing:
-            _checkpoint_activations(self.model)
+            checkpoint_activations(self.model)
         device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(device)
         self.eval()
@@ -69,14 +67,6 @@ class LoRANetwork(torch.nn.Module):
                 "with `modules_to_save`, or train anew without `adapter`"
             )
         self.initial = {name: self._center(name, p, brought) for name, p in self.sites.items()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A lock cannot be copied, and a copy of the network needs its own.
-        return {name: value for name, value in vars(self).items() if name != "lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.lock = threading.RLock()
 
     def _settle_padding(self, base: Any) -> None:
         tokenizer, config = self._encoder.tokenizer, base.config
@@ -126,52 +116,10 @@ class LoRANetwork(torch.nn.Module):
         value = parameter.detach().clone()
         return torch.zeros_like(value) if self.settings.adapter is not None and site.endswith(".lora_B") else value
 
-    @cached_property
-    def sites(self) -> dict[str, torch.nn.Parameter]:
-        """Trainable parameters by site name, in the order of the flat vector `theta`."""
-        return {_site(name): p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network lives."""
-        return next(iter(self.sites.values())).device
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trainable parameters, P."""
-        return sum(p.numel() for p in self.sites.values())
-
     @property
     def last_layer_sites(self) -> tuple[str, ...]:
         """Sites of the linear layer that returns the reward."""
         return tuple(site for site in self.sites if site.rsplit(".", 1)[0] == self._final)
-
-    def theta(self) -> Tensor:
-        """All trainable parameters in one vector, shape `(P,)`, a copy."""
-        with self.lock:
-            return torch.cat([p.detach().reshape(-1) for p in self.sites.values()])
-
-    def set_theta(self, vector: Tensor) -> None:
-        """Writes a vector of shape `(P,)` into the trainable parameters."""
-        if vector.shape != (self.num_parameters,):
-            raise ArgumentError(
-                f"`vector` has shape {tuple(vector.shape)}; the network has {self.num_parameters} parameters"
-            )
-        with self.lock, torch.no_grad():
-            for part, p in zip(
-                vector.split([p.numel() for p in self.sites.values()]), self.sites.values(), strict=True
-            ):
-                p.copy_(part.reshape(p.shape))
-
-    def initial_theta(self) -> Tensor:
-        """Prior mean of all trainable parameters, shape `(P,)`."""
-        return torch.cat([value.reshape(-1) for value in self.initial.values()])
-
-    def set_initial(self, vector: Tensor) -> None:
-        """Sets the prior mean of all trainable parameters, shape `(P,)`."""
-        parts = vector.split([value.numel() for value in self.initial.values()])
-        for (site, value), part in zip(self.initial.items(), parts, strict=True):
-            self.initial[site] = part.reshape(value.shape).to(value)
 
     def tokenize(self, prompts: Sequence[Content], responses: Sequence[Content], *, start: int = 0) -> list[np.ndarray]:
         """Token sequences of items, int64, special tokens included.
@@ -259,15 +207,6 @@ class LoRANetwork(torch.nn.Module):
         """Shape of each parameter site; token batches have no number of features."""
         return {site: tuple(p.shape) for site, p in self.sites.items()}
 
-    def apply_parameters(self, parameters: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Float[Tensor, "n"]:
-        """Rewards of a collated batch under other parameters, shape `(n,)`; differentiable in them."""
-        values = {
-            f"model.{name}": parameters[_site(name)] for name, p in self.model.named_parameters() if p.requires_grad
-        }
-        with self.lock:
-            result: Tensor = torch.func.functional_call(self, values, kwargs=dict(batch))
-        return result
-
     def save_adapter(self, folder: str | Path) -> None:
         """Writes adapters and head in peft's format, to be loaded with `peft.PeftModel.from_pretrained`."""
         with self.lock:
@@ -305,18 +244,6 @@ def _parts_of_like_length(lengths: Sequence[int], least_tokens: int) -> list[lis
         parts.append(order[start:stop])
         stop = start
     return parts[::-1]
-
-
-def _site(name: str) -> str:
-    """Turns `base_model.model.a.lora_A.default.weight` into `a.lora_A`, a head's name likewise."""
-    name = name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
-    return re.sub(r"\.(lora_\w+)\.default(\.weight)?$", r".\1", name)
-
-
-def _checkpoint_activations(model: Any) -> None:
-    # transformers 5 renamed the method; the old name warns.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _caster(dtype: torch.dtype) -> Any:

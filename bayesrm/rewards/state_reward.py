@@ -95,7 +95,10 @@ class StateReward:
             )
         if (self.num_states is None) == (data.states.ndim == 1):
             kinds = ("numbers", "features") if data.states.ndim == 1 else ("features", "numbers")
-            raise DataError(f"the states of the trajectories are {kinds[0]}, those of the StateReward are {kinds[1]}")
+            hint = "give its `num_states`" if data.states.ndim == 1 else "leave out its `num_states`"
+            raise DataError(
+                f"the states of the trajectories are {kinds[0]}, those of the StateReward are {kinds[1]}; {hint}"
+            )
         if self.num_states is not None and int(data.states.max()) >= self.num_states:
             step = int(np.argmax(data.states))
             raise DataError(

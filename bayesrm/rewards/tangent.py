@@ -14,6 +14,7 @@ from ..data.comparisons import Comparisons
 from ..data.rendering import Content
 from ..errors import ArgumentError
 from ._subspaces import Covariance, Subspace
+from .heads import SelfFeaturedHead
 from .jacobians import per_sample_jacobian
 from .lora_network import LoRANetwork
 
@@ -37,7 +38,7 @@ class TangentFeatures:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tangent:
+class Tangent(SelfFeaturedHead):
     """r(x) = r(x; theta_0) + J(x) (theta - theta_0), theta = center + scale * (directions' z + rest), z ~ N(0, I).
 
     A head in z: `RewardModel(tangent, likelihood, priors.Gaussian(1.0))` is a linear model, which every engine for
@@ -67,21 +68,6 @@ class Tangent:
     rest: Covariance | None = None
     uncertain_rest: bool = True
     batch_size: int = 16
-
-    @property
-    def standardize(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def is_linear(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def features(self) -> "Tangent":
-        """The tangent makes its own features."""
-        return self
 
     @property
     def num_features(self) -> int:

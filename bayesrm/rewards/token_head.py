@@ -8,12 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from .._typing import Array, Tensor
+from .._typing import Tensor
 from ..beliefs import covariance_root
 from ..data.comparisons import Comparisons
 from ..data.rendering import Content
 from ..errors import ArgumentError
 from ..token_beliefs import TokenBelief
+from .heads import MixtureHead
 from .tangent import TangentFeatures
 
 
@@ -78,7 +79,7 @@ class TokenScorer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TokenRewardHead:
+class TokenRewardHead(MixtureHead):
     """r(x, y) = sum of the rewards of the tokens of y: a reward function made of a `TokenScorer`.
 
     Its features of an item are the item's rewards under the scorer's S draws, and its parameter, `share`, the share of
@@ -92,21 +93,6 @@ class TokenRewardHead:
     scorer: TokenScorer
 
     @property
-    def standardize(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def is_linear(self) -> bool:
-        """Always, in the share of each draw."""
-        return True
-
-    @property
-    def features(self) -> "TokenRewardHead":
-        """The head makes its own features."""
-        return self
-
-    @property
     def num_features(self) -> int:
         """S."""
         return self.scorer.num_draws
@@ -115,14 +101,6 @@ class TokenRewardHead:
     def title(self) -> str:
         """The scorer's."""
         return self.scorer.title
-
-    def parameter_shapes(self, num_features: int) -> dict[str, tuple[int, ...]]:
-        """`{"share": (S,)}`."""
-        return {"share": (num_features,)}
-
-    def apply(self, parameters: Mapping[str, Array], features: Array) -> Any:
-        """Rewards under a mixture of the draws, shape `(...,)`, of features of shape `(..., S)`."""
-        return features @ parameters["share"]
 
     def extract(
         self, prompts: Sequence[Content], responses: Sequence[Content], *, progress: bool = False

@@ -2,17 +2,13 @@
 
 import dataclasses
 import enum
-import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import ArgumentError
-from ._checks import check_choice, check_device, check_integer
+from ._checks import check_choice, check_integer
+from ._network_settings import NetworkSettings
 
 if TYPE_CHECKING:
     from .token_reward_network import TokenRewardNetwork
-
-_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 class StateValues(enum.StrEnum):
@@ -25,7 +21,7 @@ class StateValues(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenReward:
+class TokenReward(NetworkSettings):
     """r(x, y) = sum over the tokens of y of a reward of each token, from a causal language model.
 
     The state is the prompt with the tokens so far, the action the next token. The model's distribution of the next
@@ -79,22 +75,10 @@ class TokenReward:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str | os.PathLike) or not str(self.model):
-            raise ArgumentError(f"`model` must be a folder or the id of a model, got {self.model!r}")
-        check_integer("rank", self.rank, 0)
+        self._check_network(least_rank=0)
         for name in ("max_prompt_tokens", "max_new_tokens"):
             check_integer(name, getattr(self, name), 1)
-        if not self.alpha > 0:
-            raise ArgumentError(f"`alpha` is {self.alpha}; it is a positive number")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ArgumentError(f"`dropout` is {self.dropout}; it is a probability below 1")
         check_choice("values", self.values, tuple(StateValues))
-        check_choice("on_long", self.on_long, ("shorten", "raise"))
-        check_choice("dtype", self.dtype, _DTYPES)
-        check_device(self.device)
-        object.__setattr__(self, "model", os.fspath(self.model))
-        if isinstance(self.target_modules, list):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
     def load(self, seed: int = 0) -> "TokenRewardNetwork":
         """The network at its initialisation.
@@ -108,14 +92,3 @@ class TokenReward:
         from .token_reward_network import TokenRewardNetwork
 
         return TokenRewardNetwork(self, seed=seed)
-
-    def to_config(self) -> dict[str, Any]:
-        """Settings as JSON values, for `from_config`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "TokenReward":
-        """The settings that `to_config` described."""
-        # JSON has no tuples.
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        return cls(**values)

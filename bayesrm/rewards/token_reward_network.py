@@ -19,7 +19,6 @@ from ..data.rendering import Content, render
 from ..errors import ArgumentError, DataError, PersistenceError
 from ._causal_lm import checkpoint_activations, load_model, positions_of, with_adapters, without_dropout
 from ._checks import check_columns, check_item
-from ._encoder import Encoder
 from ._token_log_probs import Scorer, device_of
 from ._tokens import Codec, TokenSequences, stop_tokens, token_spans
 from .token_head import TokenScores
@@ -81,10 +80,7 @@ class TokenRewardNetwork(torch.nn.Module):
     def __init__(self, settings: TokenReward, *, seed: int = 0) -> None:
         super().__init__()
         self.settings = settings
-        source = Encoder(
-            settings.model, revision=settings.revision, pooling="last", layer=-1, device=settings.device,
-            dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, watch_files=False,
-        )  # fmt: skip
+        source = settings.source()
         model, new = load_model(source, attention=settings.attention, seed=seed)
         self.tokenizer = source.tokenizer
         if settings.gradient_checkpointing:
