@@ -21,7 +21,7 @@ def build(
     Args:
         prior_precision: marginal_likelihood tunes a factor on the program's precision; given leaves it.
         num_samples: Draws of the proposal.
-        degrees_of_freedom: Of a Student t proposal, for posteriors with heavy tails; None for a normal one.
+        degrees_of_freedom: Of a Student t proposal; None for 5 in up to 20 dimensions and a normal one beyond.
         max_k_hat: Refuse above this; None for the threshold of the source.
         gradient_tolerance: Gradient norm of the mode, parameters in units of their prior standard deviation.
         max_iterations: Most optimiser steps.

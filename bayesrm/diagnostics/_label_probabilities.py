@@ -88,13 +88,8 @@ class Probabilities:
             return unseen
         return torch.where(self._answers[i].group.weight > 0, self._share[i], unseen)
 
-    def left_out(self, i: int, distinct: float) -> tuple[Tensor, Tensor]:
-        """Log P(wrong) of each row of a group given all other rows, and k-hat of the weights that leave it out.
-
-        Args:
-            i: The group.
-            distinct: Effective over actual number of draws, of draws that repeat each other.
-        """
+    def left_out(self, i: int) -> tuple[Tensor, Tensor]:
+        """Log P(wrong) of each row of group `i` given all other rows, and k-hat of the weights that leave it out."""
         right, wrong, meant = (torch.cat(tables) for tables in zip(*self._tables[i], strict=True))
         weights = self._answers[i].group.weight.tolist()
         log_prob = torch.empty(len(weights), dtype=torch.float64)
@@ -103,7 +98,7 @@ class Probabilities:
             log_weights = self._log_weights
             if weight > 0:
                 log_lik = weight * meant[:, j]
-                efficiency = distinct * _relative_efficiency(log_lik, self._draws)
+                efficiency = _relative_efficiency(log_lik, self._draws)
                 ratio = -log_lik if self._ratio is None else self._ratio - log_lik
                 smooth = pareto_smooth(ratio, relative_efficiency=efficiency)
                 log_weights, k_hat[j] = smooth.log_weights, smooth.k_hat

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from .._typing import Tensor
 from ..data import Comparisons
 from ..engines import FitReport, fit
+from ..engines._digest import feedback_digest
+from ..engines._settings import check_positive
 from ..engines.prediction import FeedbackPrediction, GroupPrediction
 from ..errors import ArgumentError
 from ..programs import RewardModel
@@ -34,6 +36,7 @@ class CrossValidation:
         prediction: The held-out predictions of all rows, for `score`, `check_calibration` and the like.
         fold: Fold of each row, shape `(rows,)`.
         reports: Report of each fold's fit, with the prior precision that it tuned for instance.
+        data_digest: Digest of the feedback.
     """
 
     elpd: float
@@ -45,6 +48,7 @@ class CrossValidation:
     prediction: FeedbackPrediction
     fold: Int64[np.ndarray, " rows"]
     reports: tuple[FitReport, ...]
+    data_digest: str
 
     def __str__(self) -> str:
         return (
@@ -83,7 +87,7 @@ def cross_validate(
         progress: Show progress of the fits.
 
     Raises:
-        ArgumentError: There are fewer prompts than folds, or fewer than two folds.
+        ArgumentError: An argument is of no use; there are fewer prompts that count than folds, or fewer than two folds.
 
     Example:
         >>> import bayesrm as brm, numpy as np
@@ -94,24 +98,39 @@ def cross_validate(
         >>> len(result.pointwise), len(result.reports), result.elpd < 0
         (20, 5, True)
     """
-    prompt = np.asarray(data.prompt_of_row)
-    prompts = np.unique(prompt)
+    if not isinstance(program, RewardModel) or not isinstance(data, Comparisons):
+        raise ArgumentError(
+            f"`program` and `data` are of types {type(program).__name__} and {type(data).__name__}; give a RewardModel "
+            "and Comparisons"
+        )
+    check_positive("num_folds", num_folds)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ArgumentError(f"`seed` is {seed!r}; it is a whole number from 0")
+    prompt, weight_of_row = np.asarray(data.prompt_of_row), np.zeros(len(data))
+    for group in data.groups():
+        weight_of_row[group.rows.numpy()] = group.weight.numpy()
+    counted = weight_of_row > 0
+    prompts = np.unique(prompt[counted])
+    if len(prompts) < 2:
+        raise ArgumentError(f"the rows that count are about {len(prompts)} prompt; leaving some out needs at least 2")
     if not 2 <= num_folds <= len(prompts):
         raise ArgumentError(
             f"`num_folds` is {num_folds}; with feedback on {len(prompts)} prompts it lies between 2 and {len(prompts)}"
         )
     extractor = getattr(program.reward, "features", None)
+    digest = feedback_digest(data)
     if isinstance(extractor, FeatureExtractor) and data.features is None:
         data = data.with_features(extractor.extract_items(data, progress=progress))
-    fold_of_prompt = np.random.default_rng(seed).permutation(len(prompts)) % num_folds
-    fold = fold_of_prompt[np.searchsorted(prompts, prompt)]
+    # Prompts whose rows all have weight 0 are predicted with the first fold, and count nowhere.
+    fold_of_prompt = np.zeros(data.num_prompts, dtype=np.int64)
+    fold_of_prompt[prompts] = np.random.default_rng(seed).permutation(len(prompts)) % num_folds
+    fold = fold_of_prompt[prompt]
     parts, reports = [], []
     for k in range(num_folds):
         posterior = fit(program, data.select(fold != k), inference=inference, seed=seed, progress=progress)
         parts.append(posterior.predict_feedback(data.select(fold == k)))
         reports.append(posterior.report)
     prediction = _in_place(parts, [np.flatnonzero(fold == k) for k in range(num_folds)])
-    counted = prediction.weight.numpy() > 0
     units, place = np.unique(prompt[counted], return_inverse=True)
     summed = torch.zeros(2, len(units), dtype=torch.float64)
     rows = torch.stack([prediction.weight * prediction.log_prob, prediction.weight])
@@ -125,8 +144,9 @@ def cross_validate(
         weight=weight,
         by=LeaveOut.PROMPT,
         prediction=prediction,
-        fold=fold.astype(np.int64),
+        fold=fold,
         reports=tuple(reports),
+        data_digest=digest,
     )
 
 

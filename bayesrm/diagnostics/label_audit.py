@@ -32,7 +32,7 @@ from ..errors import ArgumentError, ParetoWarning
 from ._label_probabilities import Probabilities, reliable_ratio
 from ._label_raters import RaterAudit, audit_raters
 from ._wrong_answers import Answers, records_wrongly
-from .loo import _UNWEIGHABLE, _distinct_share
+from .loo import _UNWEIGHABLE
 
 #: Coverage of the intervals.
 LEVEL = 0.9
@@ -218,7 +218,7 @@ def audit_labels(
     kinds = {kind: records_wrongly(posterior.program.likelihood_of(kind)) for kind in data.kinds}
     _check_rate(flip_rate, [kind for kind, noisy in kinds.items() if not noisy])
     fitted = posterior.report.data_digest is not None and posterior.report.data_digest == feedback_digest(data)
-    draws = posterior.draw(data, num_samples=num_samples, seed=seed)
+    draws = posterior.weighted_draws(data, num_samples=num_samples, seed=seed)
     left_out = fitted and not all(kinds.values())
     obstacle = _UNWEIGHABLE.get(str(posterior.report.engine["name"]))
     if obstacle is None and len(draws.rewards) < MIN_DRAWS:
@@ -235,7 +235,7 @@ def audit_labels(
     log_prob, k_hat = torch.full((2, len(data)), torch.nan, dtype=torch.float64)
     for i, a in enumerate(answers):
         if a.assumed and fitted:
-            log_prob[a.group.rows], k_hat[a.group.rows] = probabilities.left_out(i, _distinct_share(posterior))
+            log_prob[a.group.rows], k_hat[a.group.rows] = probabilities.left_out(i)
         else:
             log_prob[a.group.rows] = probabilities.of_group(i)
     log_prob[_impossible(data, density)] = torch.nan

@@ -19,7 +19,6 @@ from ..engines._digest import feedback_digest
 from ..engines._evaluation import evaluations
 from ..engines._settings import check_choice
 from ..engines.draws import JointDraws
-from ..engines.draws_posterior import DrawsPosterior
 from ..engines.psis import MIN_DRAWS, k_hat_threshold, pareto_smooth
 from ..errors import ArgumentError, EngineError, ParetoWarning
 
@@ -54,6 +53,7 @@ class LeaveOneOut:
         weight: Summed weight of the rows of each, shape `(n,)`.
         by: What is left out at a time.
         num_draws: Number of draws.
+        data_digest: Digest of the feedback.
     """
 
     elpd: float
@@ -68,6 +68,7 @@ class LeaveOneOut:
     weight: Tensor
     by: LeaveOut
     num_draws: int
+    data_digest: str
 
     @property
     def num_unreliable(self) -> int:
@@ -131,13 +132,13 @@ def loo(
     """
     check_choice("by", by, LeaveOut)
     unit = LeaveOut(by)
-    known = posterior.report.data_digest
-    if known is not None and known != feedback_digest(data):
+    known, digest = posterior.report.data_digest, feedback_digest(data)
+    if known is not None and known != digest:
         raise ArgumentError(
             "`data` are not the feedback that the posterior was fitted on, which leave-one-out takes apart; "
             "score other data with `posterior.predict_feedback`"
         )
-    draws = posterior.draw(data, num_samples=num_samples, seed=seed)
+    draws = posterior.weighted_draws(data, num_samples=num_samples, seed=seed)
     num_draws = len(draws.rewards)
     obstacle = _UNWEIGHABLE.get(str(posterior.report.engine["name"]))
     if obstacle is None and num_draws < MIN_DRAWS:
@@ -152,8 +153,7 @@ def loo(
     if len(units) < 2:
         raise ArgumentError(f"the rows that count are about {len(units)} {unit}; leaving one out needs at least 2")
     threshold = k_hat_threshold(max(num_draws, MIN_DRAWS))
-    distinct = _distinct_share(posterior)
-    scores = [_weighted(column, draws, distinct) if obstacle is None else None for column in log_lik.T]
+    scores = [_weighted(column, draws) if obstacle is None else None for column in log_lik.T]
     refitted = [refit is not None and (s is None or s.k_hat > threshold) for s in scores]
     if refit is not None:
         for i in np.flatnonzero(refitted):
@@ -173,6 +173,7 @@ def loo(
         weight=weight,
         by=unit,
         num_draws=num_draws,
+        data_digest=digest,
     )
     if result.num_unreliable:
         hint = "" if refit is not None else "; pass `refit` to fit the model anew without them"
@@ -225,10 +226,10 @@ def _log_weights(draws: JointDraws) -> Tensor:
     return pareto_smooth(draws.log_ratio).log_weights
 
 
-def _weighted(log_lik: Tensor, draws: JointDraws, distinct: float) -> _Score:
+def _weighted(log_lik: Tensor, draws: JointDraws) -> _Score:
     """The score of a unit with the given log likelihood, shape `(S,)`, from draws that have seen it."""
     log_weights = -log_lik if draws.log_ratio is None else draws.log_ratio - log_lik
-    efficiency = distinct * _relative_efficiency(log_lik, draws)
+    efficiency = _relative_efficiency(log_lik, draws)
     smooth = pareto_smooth(log_weights, relative_efficiency=efficiency)
     return _averaged(log_lik, smooth.log_weights, smooth.k_hat, efficiency)
 
@@ -248,14 +249,6 @@ def _relative_efficiency(log_lik: Tensor, draws: JointDraws) -> float:
     return min(1.0, float(ess_mean(likelihood)[0]) / len(log_lik))
 
 
-def _distinct_share(posterior: Posterior) -> float:
-    """Effective over actual number of draws that were resampled in proportion to weights; 1 for others."""
-    found = posterior.report.diagnostics
-    if "distinct_draws" not in found or not isinstance(posterior, DrawsPosterior):
-        return 1.0
-    return min(1.0, float(found["ess"]) / len(posterior))
-
-
 def _refitted(
     refit: Callable[[Comparisons], Posterior],
     data: Comparisons,
@@ -267,8 +260,8 @@ def _refitted(
     rest, held_out = data.select(~inside), data.select(inside)
     posterior = refit(rest)
     # Draws of one seed are draws of the same parameters whatever the data, so the ratio of the training data applies.
-    trained = posterior.draw(rest, num_samples=num_samples, seed=seed)
-    draws = posterior.draw(held_out, num_samples=num_samples, seed=seed)
+    trained = posterior.weighted_draws(rest, num_samples=num_samples, seed=seed)
+    draws = posterior.weighted_draws(held_out, num_samples=num_samples, seed=seed)
     if not torch.equal(trained.latents, draws.latents):
         raise EngineError("the posterior that `refit` returned draws other latents for other data from the same seed")
     _, _, each = _by_unit(posterior._density_of(held_out), draws, np.zeros(len(held_out), dtype=np.int64))
@@ -279,4 +272,4 @@ def _refitted(
         integrand = pareto_smooth(log_weights + log_lik).k_hat
         ratio = 0.0 if trained.log_ratio is None else pareto_smooth(trained.log_ratio).k_hat
         k_hat = max(integrand, ratio)
-    return _averaged(log_lik, log_weights, k_hat, _distinct_share(posterior) * _relative_efficiency(log_lik, draws))
+    return _averaged(log_lik, log_weights, k_hat, _relative_efficiency(log_lik, draws))

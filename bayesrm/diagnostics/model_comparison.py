@@ -73,9 +73,11 @@ def compare(results: Mapping[str, LeaveOneOut | CrossValidation]) -> Ranking:
         results: `loo` of each model, by name; or `cross_validate` of each.
 
     Raises:
-        ArgumentError: There are fewer than two models, they are about other prompts, rows or weights, or they were
+        ArgumentError: There are fewer than two models, they are about other feedback, or they were
             scored in different ways.
     """
+    if not isinstance(results, Mapping):
+        raise ArgumentError(f"`results` is a {type(results).__name__}; give a mapping from names to results")
     if len(results) < 2:
         raise ArgumentError(f"`results` holds {len(results)} model; a comparison needs at least 2")
     first_name, first = next(iter(results.items()))
@@ -83,6 +85,8 @@ def compare(results: Mapping[str, LeaveOneOut | CrossValidation]) -> Ranking:
         same = result.by is first.by and np.array_equal(result.units, first.units)
         if not same or not torch.equal(result.weight, first.weight):
             raise ArgumentError(f"'{first_name}' and '{name}' left out other {first.by}s or weights; use the same data")
+        if result.data_digest != first.data_digest:
+            raise ArgumentError(f"'{first_name}' and '{name}' are about other feedback; use the same data")
         if not _scored_alike(first, result):
             raise ArgumentError(
                 f"'{first_name}' and '{name}' were scored in different ways; use `loo` for all, or `cross_validate` "

@@ -1,23 +1,44 @@
 """Posteriors made of draws: those of Markov chains, of weighted draws made equal, and of the members of an ensemble."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from .._typing import Tensor
 from ..beliefs import RewardBelief
+from ..data import Comparisons
 from ..data.groups import FeedbackGroup
 from ..programs import RewardModel
 from ..rewards.heads import unflatten
 from ..rewards.tangent import whole_prompts
 from ._schema import FeedbackSchema
 from ._tangent import Whitening
+from .draws import JointDraws
 from .gaussian_posterior import Expansion, coordinates_state, restore_coordinates
 from .posterior import Posterior
 from .report import FitReport
 
 #: Rewards are computed for about this many numbers at once.
 _CHUNK = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedDraws:
+    """Draws of an approximation q, before they were resampled in proportion to their weights.
+
+    Attributes:
+        z: Draws of the coordinates, shape `(S, R)`.
+        latents: Draws of the unconstrained latents, shape `(S, Q)`.
+        log_ratio: log p(feedback, theta) - log q(theta) of each, shape `(S,)`.
+    """
+
+    z: Tensor
+    latents: Tensor
+    log_ratio: Tensor
+
+
+_FIELDS = dataclasses.fields(WeightedDraws)
 
 
 class DrawsPosterior(Posterior):
@@ -29,6 +50,7 @@ class DrawsPosterior(Posterior):
         sample_stats: What the sampler recorded for each draw, each of shape `(S,)`.
         log_ratio: log p(feedback, theta) - log q(theta) of each draw up to a constant, shape `(S,)`, when the draws
             come from an approximation q.
+        resampled_from: The weighted draws that these were resampled from, where they were.
     """
 
     def __init__(
@@ -44,6 +66,7 @@ class DrawsPosterior(Posterior):
         num_chains: int = 1,
         sample_stats: Mapping[str, Tensor] | None = None,
         log_ratio: Tensor | None = None,
+        resampled_from: WeightedDraws | None = None,
     ) -> None:
         self.program = program
         self.schema = schema
@@ -54,6 +77,7 @@ class DrawsPosterior(Posterior):
         self._default_draws = len(z)
         self.sample_stats = dict(sample_stats or {})
         self.log_ratio = log_ratio
+        self.resampled_from = resampled_from
         self._expansion = expansion
         self._whitening = whitening
 
@@ -153,6 +177,17 @@ class DrawsPosterior(Posterior):
     def _latent_draws(self, num_samples: int, seed: int) -> Tensor:
         return self.unconstrained_latents[self._chosen(num_samples)]
 
+    def weighted_draws(self, data: Comparisons, *, num_samples: int | None = None, seed: int = 0) -> JointDraws:
+        """See `Posterior.weighted_draws`: the draws before they were resampled, which keep the proposal's tails."""
+        source = self.resampled_from
+        if source is None:
+            return self.draw(data, num_samples=num_samples, seed=seed)
+        proposal = DrawsPosterior(
+            self.program, self.schema, self.report, self._expansion, self._whitening, source.z, source.latents,
+            log_ratio=source.log_ratio,
+        )  # fmt: skip
+        return proposal.draw(data, num_samples=num_samples, seed=seed)
+
     def _state(self) -> dict[str, Tensor]:
         tensors = coordinates_state(self._expansion, self._whitening) | {
             "z": self.z,
@@ -162,6 +197,8 @@ class DrawsPosterior(Posterior):
         tensors |= {f"stats.{name}": value for name, value in self.sample_stats.items()}
         if self.log_ratio is not None:
             tensors["log_ratio"] = self.log_ratio
+        if self.resampled_from is not None:
+            tensors |= {f"resampled_from.{f.name}": getattr(self.resampled_from, f.name) for f in _FIELDS}
         return tensors
 
     @classmethod
@@ -170,9 +207,13 @@ class DrawsPosterior(Posterior):
     ) -> "DrawsPosterior":
         expansion, whitening = restore_coordinates(program, tensors)
         stats = {k.removeprefix("stats."): v for k, v in tensors.items() if k.startswith("stats.")}
+        source = None
+        if "resampled_from.z" in tensors:
+            source = WeightedDraws(**{f.name: tensors[f"resampled_from.{f.name}"] for f in _FIELDS})
         return cls(
             program, schema, report, expansion, whitening, tensors["z"], tensors["latents"],
             num_chains=int(tensors["num_chains"]), sample_stats=stats, log_ratio=tensors.get("log_ratio"),
+            resampled_from=source,
         )  # fmt: skip
 
 

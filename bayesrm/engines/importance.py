@@ -15,7 +15,7 @@ from ..programs import GoodnessPosterior, RewardModel, ScoredCandidates
 from ..rewards import LoRA
 from ._settings import check_positive, check_real
 from ._tangent import Whitening
-from .draws_posterior import DrawsPosterior, rewards_of
+from .draws_posterior import DrawsPosterior, WeightedDraws, rewards_of
 from .ensemble import Ensemble
 from .gaussian_posterior import GaussianPosterior
 from .laplace import Laplace
@@ -24,6 +24,11 @@ from .nuts import NUTS
 from .psis import MIN_DRAWS, k_hat_threshold, pareto_smooth
 from .response_posterior import ResponsePosterior, response_posterior
 from .svi import SVI
+
+#: Most dimensions in which Student t draws come near the middle of a normal posterior often enough.
+_FEW_DIMENSIONS = 20
+#: Their degrees of freedom.
+_HEAVY_TAILS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,9 @@ class ImportanceSampling:
         proposal: The engine whose posterior is corrected, `Laplace` or `SVI`.
         num_samples: Draws of the proposal.
         degrees_of_freedom: Draw from a Student t distribution with the proposal's centre and scale instead of a normal
-            one, so that posterior tails that are heavier than normal are covered; for a normal proposal.
+            one, so that posterior tails that are heavier than normal are covered; for a normal proposal. By default 5
+            in up to 20 dimensions, where normal draws miss tails that k-hat does not see, and normal draws beyond,
+            where t draws lie too far out. A large number, 1e6, is a normal proposal.
         max_k_hat: Refuse above this; by default the threshold of the source, `min(1 - 1 / log10(num_samples), 0.7)`.
 
     Raises:
@@ -109,8 +116,8 @@ class ImportanceSampling:
             raise EngineError(
                 f"the importance weights have k-hat {smoothed.k_hat:.2f}, above {limit:.2f}: the proposal misses too "
                 f"much of the posterior ({x.shape[1]} dimensions, {smoothed.ess:.0f} effective of {len(x)} draws) "
-                "for a correction to be trusted; use NUTS, another proposal (Laplace(), SVI(guide='full_rank')), "
-                "or heavier tails by `degrees_of_freedom`"
+                "for a correction to be trusted; use NUTS, more draws by `num_samples`, or heavier tails by "
+                "`degrees_of_freedom`"
             )
         kept = _systematic(smoothed.log_weights.exp(), generator)
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -132,6 +139,7 @@ class ImportanceSampling:
         return DrawsPosterior(
             proposal.program, proposal.schema, report, proposal._expansion, whitening,
             x[kept, :size].contiguous(), x[kept, size:].contiguous(),
+            resampled_from=WeightedDraws(x[:, :size].contiguous(), x[:, size:].contiguous(), log_ratio),
         )  # fmt: skip
 
     def _of_responses(self, program: GoodnessPosterior, data: ScoredCandidates) -> ResponsePosterior:
@@ -189,7 +197,10 @@ class ImportanceSampling:
                 "(structures full, sketch, last_layer; diag for heads) or SVI"
             )
         whitening = proposal._whitening
-        x, log = proposal.coordinate_draws(self.num_samples, generator, degrees_of_freedom=self.degrees_of_freedom)
+        tails = self.degrees_of_freedom
+        if tails is None and len(proposal.mode) <= _FEW_DIMENSIONS:
+            tails = _HEAVY_TAILS
+        x, log = proposal.coordinate_draws(self.num_samples, generator, degrees_of_freedom=tails)
         z, latents = x[:, : whitening.size], x[:, whitening.size :]
         if not proposal.program.head.is_linear and whitening.basis is not None:
             # The head itself sees directions that its linearisation does not: they are drawn from their prior.

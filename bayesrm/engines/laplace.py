@@ -65,7 +65,7 @@ class Laplace:
 
     The marginal likelihood tunes well when rows are new evidence. When an answer occurs in many rows and features tell
     answers apart, it pays for weights that memorise answers: give such feedback as one ranking a prompt, or compare
-    precisions on held-out prompts.
+    precisions on held-out prompts (`diagnostics.cross_validate`).
 
     The latents are in the posterior, in unconstrained space with the log Jacobian. Non-linear heads are linearised at
     their mode (Immer et al., 2008.08400). A `LoRA` reward is trained first, then linearised at its trained weights

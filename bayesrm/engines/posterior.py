@@ -273,6 +273,13 @@ class Posterior(abc.ABC):
             log_ratio = log_ratio if self.report.data_digest == feedback_digest(data) else None
         return JointDraws(rewards, latents, log_ratio, self._num_chains, stats)
 
+    def weighted_draws(self, data: Comparisons, *, num_samples: int | None = None, seed: int = 0) -> JointDraws:
+        """Draws to be reweighted, as leave-one-out does, with `log_ratio` where they come from an approximation.
+
+        They are those of `draw`, but where these were resampled: then those that they were resampled from.
+        """
+        return self.draw(data, num_samples=num_samples, seed=seed)
+
     #: Number of Markov chains that draws come from.
     _num_chains = 1
     #: Draws that `draw` gives when it is not told how many.

@@ -102,7 +102,37 @@ def test_the_better_prior_wins_and_ways_of_scoring_do_not_mix():
         compare({"one": results["declared"], "other": cross_validate(MODEL, data, seed=1)})
 
 
-@pytest.mark.parametrize("num_folds", [1, 31])
-def test_folds_need_prompts(num_folds):
-    with pytest.raises(ArgumentError, match=rf"`num_folds` is {num_folds}; .* between 2 and 30"):
-        cross_validate(MODEL, make_data(), num_folds=num_folds)
+def test_prompts_that_do_not_count_are_in_no_fold():
+    weight = np.ones(90)
+    weight[9:] = 0.0
+    data = make_data(weight=weight)
+    result = cross_validate(MODEL, data, num_folds=3)
+    assert len(result.units) == 3
+    assert sorted(result.fold[:9:3]) == [0, 1, 2]
+    with pytest.raises(ArgumentError, match="with feedback on 3 prompts"):
+        cross_validate(MODEL, data, num_folds=4)
+    weight[3:] = 0.0
+    with pytest.raises(ArgumentError, match="about 1 prompt; leaving some out needs at least 2"):
+        cross_validate(MODEL, make_data(weight=weight))
+
+
+def test_other_feedback_is_not_compared():
+    results = {}
+    for seed in (0, 1):
+        data = MODEL.simulate(make_data(), seed=seed).data
+        results[str(seed)] = cross_validate(MODEL, data)
+    with pytest.raises(ArgumentError, match="'0' and '1' are about other feedback"):
+        compare(results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_folds": 1}, "`num_folds` is 1; .* between 2 and 30"),
+        ({"num_folds": 31}, "`num_folds` is 31; .* between 2 and 30"),
+        ({"seed": -1}, "`seed` is -1"),
+    ],
+)
+def test_arguments_are_checked(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        cross_validate(MODEL, make_data(), **arguments)
