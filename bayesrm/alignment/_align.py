@@ -25,7 +25,8 @@ from .monitor import Budget
 from .policy import Policy
 
 if TYPE_CHECKING:
-    from ._trainer import Rounds, RoundTrainer
+    from ._rounds import Rounds
+    from ._trainer import RoundTrainer
 
 #: Settings of `Training` that say nothing here.
 _UNUSED = {"max_steps": None, "sample_selection": None}
@@ -46,6 +47,7 @@ def align(
     temperature: float = 1.0,
     generation_batch: int = 64,
     budget: Budget | None = None,
+    keep_rounds: int | None = 0,
     seed: int = 0,
     progress: bool = False,
 ) -> AlignmentReport:
@@ -70,13 +72,15 @@ def align(
             meaning here.
         preferences: P(i preferred to j) of the candidates of prompts, for preference games; by default those that the
             rewards imply.
-        candidates: Responses to every prompt that are taken instead of draws, `method.num_candidates` each. Nothing is
-            generated then.
+        candidates: Responses to every prompt that are taken instead of draws, as many for each as there are; losses of
+            pairs and with baselines need 2, some methods a given number. Nothing is generated then.
         candidate_log_probs: Their log-probabilities under what drew them, as `bayesrm propose` writes them; without,
             they count as draws of the reference policy.
         temperature: Temperature at which candidates are drawn; their weights take it into account.
         generation_batch: Responses drawn side by side.
         budget: When to stop early. The policy stays as it was when it exceeded a limit.
+        keep_rounds: Files with the candidates of rounds that stay in `training.output_dir` although no resuming needs
+            them, the last ones; `None` for all.
         seed: Seed of the draws and of the order. No global random state is touched.
         progress: Show a progress bar and the log.
 
@@ -110,12 +114,12 @@ def align(
         (2, 2, True)
     """
     training = Training(epochs=1.0, batch_size=4) if training is None else training
-    per_round = _checked(policy, reward, prompts, method, rounds, prompts_per_round, training, budget)
+    per_round = _checked(policy, reward, prompts, method, rounds, prompts_per_round, keep_rounds, training, budget)
     if candidates is not None:
         check_given(candidates, candidate_log_probs, prompts, method)
     from ..engines._run_folder import RunFolder
     from ..engines._trainer import trainer_session
-    from ._trainer import BudgetReached, Rounds
+    from ._rounds import BudgetReached, Rounds, prune_rounds
 
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -130,6 +134,7 @@ def align(
             )  # fmt: skip
             folder = RunFolder.open(place, identity, processes)
             if (finished := load_finished(folder, policy)) is not None:
+                prune_rounds(folder, keep_rounds)
                 return finished
         else:
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="bayesrm-"))
@@ -137,7 +142,7 @@ def align(
             policy, method, reward, preferences, candidates, candidate_log_probs, temperature, generation_batch,
             processes,
         )  # fmt: skip
-        state = Rounds(policy, method, proposer, prompts, per_round, seed, budget, folder)
+        state = Rounds(policy, method, proposer, prompts, per_round, seed, budget, folder, keep_rounds)
         trainer = _trainer(state, training, place, processes, rounds, seed=seed, progress=progress)
         resumed_from = folder.latest() if folder is not None else None
         start, stopped = policy.snapshot(), None
@@ -159,7 +164,7 @@ def align(
         if stopped is None and steps < trainer.state.max_steps:
             stopped = "a callback asked for it"
         if stopped is None:
-            state.read_earlier(rounds, steps)
+            state.read_earlier(rounds)
         final = state.reports[-1] if state.exceeded else state.measure(rounds, steps)
         report = AlignmentReport(
             rounds=tuple(state.reports),
@@ -172,6 +177,8 @@ def align(
         )
         if folder is not None:
             finish(folder, policy, report)
+            # Every process has read the last round by now.
+            prune_rounds(folder, keep_rounds)
         return report
 
 
@@ -213,7 +220,7 @@ def _trainer(
 
 def _checked(
     policy: Policy, reward: Reward, prompts: Sequence[Content], method: Method, rounds: int,
-    prompts_per_round: int | None, training: Training, budget: Budget | None,
+    prompts_per_round: int | None, keep_rounds: int | None, training: Training, budget: Budget | None,
 ) -> int:  # fmt: skip
     """Prompts of a round, once all arguments fit together."""
     if not isinstance(policy, Policy):
@@ -235,6 +242,8 @@ def _checked(
     check_integer("rounds", rounds, 1)
     per_round = len(prompts) if prompts_per_round is None else prompts_per_round
     check_integer("prompts_per_round", per_round, 1)
+    if keep_rounds is not None:
+        check_integer("keep_rounds", keep_rounds, 0)
     if not isinstance(training, Training):
         raise ArgumentError(f"`training` is {training!r}; it is a Training(...)")
     if training.epochs != int(training.epochs) or training.epochs < 1:

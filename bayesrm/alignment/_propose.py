@@ -16,7 +16,7 @@ from ..errors import ArgumentError
 from ..programs import ScoredCandidates
 from ..rewards._tokens import TokenSequences
 from ._generation import GeneratedResponse
-from ._round import ALONG_TOKENS, Round
+from ._round import ALONG_TOKENS, Round, by_prompt, mask_of
 from ._scoring import Preferences, Reward, check_preferences, score
 from ._token_rewards import token_rewards
 from ._weights import Snapshot
@@ -59,18 +59,19 @@ class Proposer:
         return _joined(_gathered(part), len(chosen))
 
     def _part(self, prompts: Sequence[Content], chosen: list[int], anchor: Snapshot | None, seed: int) -> Round:
-        n = len(self.given[chosen[0]]) if self.given is not None else self.method.num_candidates
         if self.given is not None:
-            flat = [response for row in chosen for response in self.given[row]]
-            sequences = self.policy.encode([p for p in prompts for _ in range(n)], flat)
             texts = [list(self.given[row]) for row in chosen]
-            known = self.given_log_probs
-            proposal = None if known is None else torch.tensor([list(known[row]) for row in chosen])
+            asked = [prompt for prompt, of_prompt in zip(prompts, texts, strict=True) for _ in of_prompt]
+            sequences = self.policy.encode(asked, [response for of_prompt in texts for response in of_prompt])
+            log_probs = (
+                None if self.given_log_probs is None else [x for row in chosen for x in self.given_log_probs[row]]
+            )
         else:
-            sequences, texts, proposal = self._drawn(prompts, chosen, anchor, seed)
+            sequences, texts, log_probs = self._drawn(prompts, chosen, anchor, seed)
+        mask = mask_of([len(of_prompt) for of_prompt in texts])
 
         def shaped(values: Tensor) -> Tensor:
-            return values.detach().float().cpu().reshape(len(chosen), n, *values.shape[1:])
+            return by_prompt(values.detach().float().cpu(), mask)
 
         with torch.no_grad():
             now = shaped(self.policy.log_probs(sequences))
@@ -96,24 +97,24 @@ class Proposer:
             score(self.reward, prompts, texts),
             reference=reference,
             # Responses that are given without log-probabilities count as draws of the reference policy.
-            proposal=reference.clone() if proposal is None else proposal,
+            proposal=reference.clone() if log_probs is None else shaped(torch.tensor(log_probs)),
             anchor=log_anchor,
             preferences=None if self.preferences is None else check_preferences(self.preferences, prompts, texts),
-            sources=("given",) * n if self.given is not None else self.method.sources,
+            sources=self.method.sources if self.given is None else ("given",) * mask.shape[1],
         )
         return Round(torch.tensor(chosen), sequences, texts, candidates, now, **along)
 
     def _drawn(
         self, prompts: Sequence[Content], chosen: list[int], anchor: Snapshot | None, seed: int
-    ) -> tuple[TokenSequences, list[list[str]], Tensor]:
+    ) -> tuple[TokenSequences, list[list[str]], list[float]]:
         sources = self.method.sources
         drawn: dict[str, list[list[GeneratedResponse]]] = {}
         for number, source in enumerate(sorted(set(sources))):
             seeds = [int(np.random.SeedSequence([seed, number, row]).generate_state(1)[0]) for row in chosen]
             drawn[source] = self._from(source, prompts, sources.count(source), seeds, anchor)
         ordered = _ordered(drawn, sources)
-        proposal = torch.tensor([[response.log_prob for response in group] for group in ordered])
-        return self.policy.sequences(ordered), [[r.text for r in group] for group in ordered], proposal
+        log_probs = [response.log_prob for group in ordered for response in group]
+        return self.policy.sequences(ordered), [[r.text for r in group] for group in ordered], log_probs
 
     def _from(
         self, source: str, prompts: Sequence[Content], count: int, seeds: list[int], anchor: Snapshot | None
@@ -156,12 +157,13 @@ def _joined(parts: list[Round], count: int) -> Round:
         found = [tensor for tensor in tensors if tensor is not None]
         if len(found) < len(tensors):
             return None
-        longest = max(tensor.shape[-1] for tensor in found)
-        return torch.cat([torch.nn.functional.pad(tensor, (0, longest - tensor.shape[-1])) for tensor in found])
+        # Prompts of another process may have more candidates, and longer ones.
+        most = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in found), strict=True)]
+        return torch.cat([_padded(tensor, most) for tensor in found])
 
     candidates = ScoredCandidates(
         RewardBelief.concatenate([part.candidates.belief for part in parts]),
-        sources=parts[0].candidates.sources,
+        sources=max((part.candidates.sources or () for part in parts), key=len),
         **{
             name: joined([getattr(part.candidates, name) for part in parts])
             for name in ("reference", "proposal", "anchor", "preferences")
@@ -171,32 +173,48 @@ def _joined(parts: list[Round], count: int) -> Round:
     for name in ("policy", *ALONG_TOKENS):
         tensor = joined([getattr(part, name) for part in parts])
         along[name] = None if tensor is None else tensor[places]
-    n, texts = parts[0].num_candidates, [texts for part in parts for texts in part.texts]
+    texts, counts = [texts for part in parts for texts in part.texts], [n for part in parts for n in part.counts]
+    ends = np.cumsum(counts)
     s = [part.sequences for part in parts]
     columns = [sum((getattr(x, name) for x in s), ()) for name in ("prompts", "responses", "ended")]
     return Round(
         prompts=torch.cat([part.prompts for part in parts])[places],
-        sequences=TokenSequences(*columns)[[place * n + i for place in places for i in range(n)]],
+        sequences=TokenSequences(*columns)[[i for p in places for i in range(int(ends[p]) - counts[p], int(ends[p]))]],
         texts=[texts[place] for place in places],
         candidates=candidates,
         **along,
     )
 
 
+def _padded(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The tensor with zeros up to these sizes of all dimensions but the first."""
+    extra = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
+    return torch.nn.functional.pad(tensor, [k for one in reversed(extra) for k in (0, one)])
+
+
 def check_given(
     given: Sequence[Sequence[str]], log_probs: Sequence[Sequence[float]] | None, prompts: Sequence[Content],
     method: Method,
 ) -> None:  # fmt: skip
-    """Raises `ArgumentError` unless every prompt has as many given responses as the method takes."""
+    """Raises `ArgumentError` unless every prompt has given responses, and as many as the projection takes."""
+    name = type(method.projection).__name__
+    if (sources := getattr(method.projection, "draws", None)) is not None:
+        raise ArgumentError(
+            f"{name} learns from draws of {' and '.join(dict.fromkeys(sources))} that are made as it goes; it takes no "
+            "`candidates`: leave them out, or use another method"
+        )
+    least, most = getattr(method.projection, "candidates_taken", (1, None))
     if log_probs is not None and [len(row) for row in log_probs] != [len(row) for row in given]:
         raise ArgumentError("`candidate_log_probs` must hold a number for each of `candidates`")
     if len(given) != len(prompts):
         raise ArgumentError(f"`candidates` has {len(given)} entries for {len(prompts)} prompts; give one for each")
     for row, responses in enumerate(given):
-        if len(responses) != method.num_candidates:
+        if isinstance(responses, str):
+            raise ArgumentError(f"`candidates`[{row}] is a text; give a list of responses for each prompt")
+        if len(responses) < least or (most is not None and len(responses) > most):
+            takes = f"exactly {least}" if least == most else f"at least {least}"
             raise ArgumentError(
-                f"`candidates`[{row}] holds {len(responses)} responses; the method takes {method.num_candidates} for "
-                "each prompt (`num_candidates`)"
+                f"`candidates`[{row}] holds {len(responses)} responses; {name} takes {takes} for each prompt"
             )
         if not all(isinstance(response, str) for response in responses):
             raise ArgumentError(f"`candidates`[{row}] holds a response that is no text")

@@ -1,6 +1,7 @@
 """The candidates of one round of alignment with all that is fixed about them, in memory and on disk."""
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from ..beliefs import RewardBelief
@@ -21,13 +23,28 @@ from ..rewards._tokens import TokenSequences
 ALONG_TOKENS = ("target_values", "target_log_probs", "token_rewards", "token_reference")
 
 
+def by_prompt(
+    values: Shaped[Tensor, "n *rest"], mask: Bool[Tensor, "prompts candidates"]
+) -> Shaped[Tensor, "prompts candidates *rest"]:
+    """Values of all candidates, those of the first prompt first, in a row for each prompt; 0 where there is none."""
+    if bool(mask.all()):
+        return values.reshape(*mask.shape, *values.shape[1:])
+    rows = values.new_zeros(*mask.shape, *values.shape[1:])
+    return rows.index_put((mask.to(values.device),), values)
+
+
+def mask_of(counts: Sequence[int]) -> Bool[Tensor, "prompts candidates"]:
+    """True for the first `counts[i]` places of prompt i."""
+    return torch.arange(max(counts)) < torch.tensor(list(counts))[:, None]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Round:
-    """B prompts with n candidates each.
+    """B prompts with at most n candidates each, as `candidates.mask` says.
 
     Attributes:
         prompts: Which of the run's prompts these are, shape `(B,)`.
-        sequences: Token ids of all B n candidates, those of the first prompt first.
+        sequences: Token ids of all candidates, those of the first prompt first.
         texts: The responses, for each prompt.
         candidates: Beliefs and log-probabilities.
         policy: log-probabilities under the policy when the round began, shape `(B, n)`.
@@ -48,14 +65,16 @@ class Round:
     token_reference: Tensor | None = None
 
     @property
-    def num_candidates(self) -> int:
-        """Candidates of each prompt, n."""
-        return int(self.policy.shape[1])
+    def counts(self) -> list[int]:
+        """Candidates of each prompt."""
+        counts: list[int] = self.candidates.mask.sum(1).tolist()
+        return counts
 
     def sequences_of(self, prompts: Sequence[int]) -> TokenSequences:
         """Token ids of the candidates of some prompts, by their places in the round."""
-        n = self.num_candidates
-        return self.sequences[[prompt * n + candidate for prompt in prompts for candidate in range(n)]]
+        counts = self.counts
+        ends = list(itertools.accumulate(counts))
+        return self.sequences[[i for prompt in prompts for i in range(ends[prompt] - counts[prompt], ends[prompt])]]
 
     def save(self, file: Path) -> None:
         """Writes the round; a file that exists is whole.
@@ -75,6 +94,7 @@ class Round:
             "reference": c.reference,
             "mean": c.belief.mean,
             "root": c.belief.root,
+            "mask": c.mask,
         }
         optional = {
             "draws": c.belief.draws, "proposal": c.proposal, "anchor": c.anchor, "preferences": c.preferences,
@@ -105,7 +125,12 @@ class Round:
         except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
             raise PersistenceError(f"{file} cannot be read: {error}; remove it to draw its round again") from error
         draws = tensors.get("draws")
-        belief = RewardBelief(tensors["mean"], tensors["root"]) if draws is None else RewardBelief.from_draws(draws)
+        mask = tensors["mask"]
+        belief = (
+            RewardBelief(tensors["mean"], tensors["root"], mask)
+            if draws is None
+            else RewardBelief.from_draws(draws, mask)
+        )
         candidates = ScoredCandidates(
             belief, tensors["reference"], tensors.get("proposal"), tensors.get("anchor"), tensors.get("preferences"),
             None if sources is None else tuple(sources),

@@ -14,6 +14,7 @@ import xxhash
 
 from ..engines.token_posterior import TokenPosterior
 from ..engines.training import Training
+from ._reference import ReferenceWeights
 from ._weights import Snapshot
 from .policy import Policy
 
@@ -41,6 +42,9 @@ def run_identity(policy: Policy, *, place: Path, training: Training, **settings:
         "policy.reference": weights_digest(policy.reference),
         "policy.limits": [policy.max_prompt_tokens, policy.max_new_tokens],
     }
+    frozen = {name: p for name, p in policy.model.named_parameters() if name not in policy.trainable}
+    if frozen:
+        identity["policy.frozen"] = weights_digest(Snapshot(frozen))
     for name, value in settings.items():
         identity |= _flat(name, described(value))
     kept = {name: value for name, value in training.to_config().items() if name not in _INCIDENTAL}
@@ -49,9 +53,9 @@ def run_identity(policy: Policy, *, place: Path, training: Training, **settings:
     return loaded
 
 
-def weights_digest(snapshot: Snapshot) -> str:
-    """A digest of the values of trainable weights."""
-    digest = xxhash.xxh3_128()
+def weights_digest(snapshot: Snapshot | ReferenceWeights) -> str:
+    """A digest of the names and values of weights, and of which kind of reference they are."""
+    digest = xxhash.xxh3_128(b"" if isinstance(snapshot, Snapshot) else b"without adapters")
     for name, value in sorted(snapshot.values.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..beliefs import RewardBelief
 from ..errors import ArgumentError
+from ._round import mask_of
 
 
 @runtime_checkable
@@ -28,7 +29,7 @@ Preferences: TypeAlias = Callable[[Sequence[Any], Sequence[Any]], Tensor]
 
 
 def score(reward: Reward, prompts: Sequence[Any], candidates: Sequence[Sequence[str]]) -> RewardBelief:
-    """Joint belief about the candidates of each prompt, as many for each, shape `(B, n)`.
+    """Joint belief about the candidates of each prompt, shape `(B, n)` with n the most of them.
 
     A response that was drawn twice is read once. Nothing can be believed of a response without words: it counts as the
     response of its prompt with the lowest mean, and as 0 where no response has words.
@@ -39,9 +40,9 @@ def score(reward: Reward, prompts: Sequence[Any], candidates: Sequence[Sequence[
     predict = reward.predict if isinstance(reward, Predicts) else reward
     distinct = [list(dict.fromkeys(text for text in texts if text.strip())) for texts in candidates]
     asked = [row for row, texts in enumerate(distinct) if texts]
-    count = len(candidates[0])
+    mask = mask_of([len(texts) for texts in candidates])
     if not asked:
-        return RewardBelief(torch.zeros(len(candidates), count), torch.zeros(len(candidates), count, 1))
+        return RewardBelief(torch.zeros(mask.shape), torch.zeros(*mask.shape, 1), mask)
     belief = predict([prompts[row] for row in asked], [distinct[row] for row in asked])
     most = max(len(distinct[row]) for row in asked)
     if not isinstance(belief, RewardBelief):
@@ -53,14 +54,15 @@ def score(reward: Reward, prompts: Sequence[Any], candidates: Sequence[Sequence[
         )
     belief = belief.to("cpu")
     lowest = belief.mean.masked_fill(~belief.valid, torch.inf).argmin(1)
-    places = torch.zeros(len(candidates), count, dtype=torch.int64)
+    places = torch.zeros(mask.shape, dtype=torch.int64)
     for row, of_prompt in zip(asked, range(len(asked)), strict=True):
         place = {text: i for i, text in enumerate(distinct[row])}
-        places[row] = torch.tensor([place.get(text, int(lowest[of_prompt])) for text in candidates[row]])
-    return _placed(belief, torch.tensor(asked), places)
+        found = [place.get(text, int(lowest[of_prompt])) for text in candidates[row]]
+        places[row, : len(found)] = torch.tensor(found)
+    return _placed(belief, torch.tensor(asked), places, mask)
 
 
-def _placed(belief: RewardBelief, rows: Tensor, places: Tensor) -> RewardBelief:
+def _placed(belief: RewardBelief, rows: Tensor, places: Tensor, mask: Tensor) -> RewardBelief:
     """The belief with candidates repeated as `places` says, for the prompts `rows`; zeros for the others."""
     index = places[rows]
     mean = belief.mean.new_zeros(places.shape)
@@ -68,23 +70,23 @@ def _placed(belief: RewardBelief, rows: Tensor, places: Tensor) -> RewardBelief:
     if belief.draws is not None:
         draws = belief.draws.new_zeros(len(belief.draws), *places.shape)
         draws[:, rows] = belief.draws.gather(2, index.expand(len(belief.draws), -1, -1))
-        return RewardBelief.from_draws(draws)
+        return RewardBelief.from_draws(draws, mask)
     rank = belief.root.shape[2]
     root = belief.root.new_zeros(*places.shape, rank)
     root[rows] = belief.root.gather(1, index[..., None].expand(-1, -1, rank))
-    return RewardBelief(mean, root)
+    return RewardBelief(mean, root, mask)
 
 
 def check_preferences(
     preferences: Preferences, prompts: Sequence[Any], candidates: Sequence[Sequence[Any]]
 ) -> Float[Tensor, "prompts candidates candidates"]:
-    """P(i preferred to j) of each prompt's candidates.
+    """P(i preferred to j) of each prompt's candidates, n the most of them; what stands for missing ones is ignored.
 
     Raises:
         ArgumentError: `preferences` returned another shape.
     """
     matrix = preferences(prompts, candidates)
-    count = len(candidates[0])
+    count = max(map(len, candidates))
     if not isinstance(matrix, Tensor):
         raise ArgumentError(f"`preferences` returned a {type(matrix).__name__}; it returns a tensor of probabilities")
     matrix = matrix.detach().cpu()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..rewards._tokens import TokenSequences, token_spans
 from ..token_beliefs import TokenBelief
+from ._round import by_prompt, mask_of
 from .policy import Policy
 from .projections import TokenPolicyGradient
 
@@ -55,11 +56,12 @@ def token_rewards(
             mask[row, : len(ids)] = True
         found[known] = belief[[place[flat[i]] for i in known]].onto(spans, mask).mean.float()
         sums = torch.full((len(flat),), torch.inf).index_put_((torch.tensor(known),), found[known].sum(1))
-        lowest = sums.reshape(len(texts), -1).amin(1).tolist()
+        rows = torch.tensor([row for row, _ in flat])
+        lowest = torch.full((len(texts),), torch.inf).scatter_reduce(0, rows, sums, "amin").tolist()
         for i, key in enumerate(flat):
             if key not in place and np.isfinite(lowest[key[0]]):
                 found[i, len(sequences.responses[i]) - 1] = lowest[key[0]]
-    return found.reshape(len(texts), -1, found.shape[1])
+    return by_prompt(found, mask_of([len(row_texts) for row_texts in texts]))
 
 
 def _check(belief: Any, texts: Sequence[str]) -> None:

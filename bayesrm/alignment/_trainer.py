@@ -12,25 +12,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from ..data.rendering import Content
 from ..engines._run_folder import RunFolder
 from ..engines.response_posterior import ResponsePosterior
 from ..engines.training import Training
 from ..errors import ArgumentError, EngineError
 from ..rewards._tokens import TokenSequences
-from ._propose import Proposer
-from ._round import Round
-from ._weights import Snapshot
+from ._round import Round, by_prompt
+from ._rounds import Rounds
 from .method import Method
-from .monitor import Budget, RoundReport
 from .policy import Policy
 from .projections import RewardedTokens, TokenPaths
-
-_POLICY, _ANCHOR = "policy.safetensors", "anchor.safetensors"
-
-
-class BudgetReached(Exception):  # noqa: N818 (not an error: it ends the Trainer's loop)
-    """A round exceeds a limit and is not learnt from."""
 
 
 class RoundBatches(torch.utils.data.Dataset[Tensor]):
@@ -96,33 +87,32 @@ class ProjectionLoss(torch.nn.Module):
         assert self._posterior is not None
         found, rows = self._round, places.cpu()
         posterior = _part(self._posterior, rows, self._policy.device)
-        sequences, shape = found.sequences_of(rows.tolist()), (len(rows), found.num_candidates)
+        sequences, mask = found.sequences_of(rows.tolist()), found.candidates.mask[rows]
         policy: Any
         if self._method.needs_tokens:
-            log_probs, normalisers, mask, values, fixed = self._along(
-                sequences, shape, (found.target_values, found.target_log_probs), rows
+            log_probs, normalisers, tokens, values, fixed = self._along(
+                sequences, mask, (found.target_values, found.target_log_probs), rows
             )
-            policy = TokenPaths(log_probs, values, mask, normalisers, fixed)
+            policy = TokenPaths(log_probs, values, tokens, normalisers, fixed)
         elif self._method.needs_token_rewards:
-            log_probs, _, mask, rewards, reference = self._along(
-                sequences, shape, (found.token_rewards, found.token_reference), rows
+            log_probs, _, tokens, rewards, reference = self._along(
+                sequences, mask, (found.token_rewards, found.token_reference), rows
             )
-            policy = RewardedTokens(log_probs, reference, rewards, mask)
+            policy = RewardedTokens(log_probs, reference, rewards, tokens)
         else:
-            policy = self._policy.log_probs(sequences).reshape(shape)
+            policy = by_prompt(self._policy.log_probs(sequences), mask)
         losses = self._method.loss(policy, posterior)
         return losses.sum() * self._per_pass / len(found.prompts)
 
     def _along(
-        self, sequences: TokenSequences, shape: tuple[int, int], fixed: Sequence[Tensor | None], rows: Tensor
+        self, sequences: TokenSequences, mask: Tensor, fixed: Sequence[Tensor | None], rows: Tensor
     ) -> tuple[Tensor, ...]:
         """Log-probabilities, log-normalisers and mask of tokens, and what is fixed about them, all `(b, n, T)`."""
         tokens = self._policy.token_log_probs(sequences)
-        along = (*shape, tokens.log_probs.shape[1])
-        found = [part.reshape(along) for part in (tokens.log_probs, tokens.log_normalisers, tokens.mask)]
+        found = [by_prompt(part, mask) for part in (tokens.log_probs, tokens.log_normalisers, tokens.mask)]
         for values in fixed:
             assert values is not None
-            found.append(values[rows, :, : along[2]].to(tokens.log_probs))
+            found.append(values[rows, :, : tokens.log_probs.shape[1]].to(tokens.log_probs))
         return tuple(found)
 
 
@@ -134,115 +124,6 @@ def _part(posterior: ResponsePosterior, rows: Tensor, device: torch.device) -> R
         for name in ("log_density", "log_weights", "log_evidence", "k_hat")
     }
     return dataclasses.replace(posterior, candidates=candidates, **parts)
-
-
-@dataclasses.dataclass
-class Rounds:
-    """Makes each round when it begins, or finds it on disk; holds the moving anchor.
-
-    Attributes:
-        reports: One for each round begun.
-        exceeded: Whether the last of them went beyond the budget.
-    """
-
-    policy: Policy
-    method: Method
-    proposer: Proposer
-    prompts: Sequence[Content]
-    per_round: int
-    seed: int
-    budget: Budget | None
-    folder: RunFolder | None
-    reports: list[RoundReport] = dataclasses.field(default_factory=list)
-    exceeded: bool = False
-
-    def __post_init__(self) -> None:
-        self._moving = self.method.anchor_rate < 1.0 or self.method.anchor_every > 1
-        self.anchor: Snapshot | None = self.policy.snapshot() if self._moving else None
-        self._moves = 0
-
-    def begin(self, number: int, step: int) -> tuple[Round, ResponsePosterior, RoundReport]:
-        """The round, drawn with the policy as it is now.
-
-        Raises:
-            BudgetReached: The policy has gone too far.
-        """
-        self.read_earlier(number, step)
-        found, posterior, report = self._round(number, step)
-        self.reports.append(report)
-        reason = None if self.budget is None else self.budget.exceeded(report)
-        if reason is not None:
-            self.exceeded = True
-            raise BudgetReached(reason)
-        return found, posterior, report
-
-    def measure(self, number: int, step: int) -> RoundReport:
-        """What the policy is like after the last round, on the candidates of one more that is not learnt from."""
-        return self._round(number, step)[2]
-
-    def read_earlier(self, number: int, step: int) -> None:
-        """The reports of rounds that an interrupted run has made before this one."""
-        if self.folder is None or not number:
-            return
-        for earlier in range(len(self.reports), number):
-            found = Round.load(self._file(self.folder, earlier))
-            report = RoundReport.of(
-                found, self.method.weigh(found.candidates), number=earlier, step=earlier * (step // number)
-            )
-            self.reports.append(report)
-
-    @staticmethod
-    def _file(folder: RunFolder, number: int) -> Path:
-        return folder.path / f"round-{number:05d}.safetensors"
-
-    def _round(self, number: int, step: int) -> tuple[Round, ResponsePosterior, RoundReport]:
-        self._move_anchor(number)
-        file = None if self.folder is None else self._file(self.folder, number)
-        if file is not None and file.exists():
-            found = Round.load(file)
-        else:
-            seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
-            found = self.proposer.propose(self.prompts, self._chosen(number), self.anchor, seed)
-            if self.folder is not None and file is not None:
-                if self.folder.processes.index == 0:
-                    found.save(file)
-                self.folder.processes.wait()
-        posterior = self.method.weigh(found.candidates)
-        return found, posterior, RoundReport.of(found, posterior, number=number, step=step)
-
-    def _move_anchor(self, number: int) -> None:
-        if self.anchor is None:
-            return
-        # Counted, so that a run that is resumed between two rounds moves it once.
-        due = number // self.method.anchor_every
-        if self._moves < due:
-            self.anchor = self.anchor.moved_towards(self.policy, self.method.anchor_rate)
-            self._moves = due
-
-    def _chosen(self, number: int) -> list[int]:
-        """Places of the round's prompts: all prompts in turn, in an order that is drawn anew for each pass."""
-        chosen: list[int] = []
-        first = number * self.per_round
-        while len(chosen) < self.per_round:
-            cycle, offset = divmod(first + len(chosen), len(self.prompts))
-            order = np.random.default_rng([self.seed, 1, cycle]).permutation(len(self.prompts))
-            chosen += order[offset : offset + self.per_round - len(chosen)].tolist()
-        return chosen
-
-    def save(self, folder: Path) -> None:
-        """Writes the policy's trainable weights and the anchor."""
-        self.policy.snapshot().save(folder / _POLICY)
-        if self.anchor is not None:
-            moves = {"moves": torch.tensor(self._moves)}
-            Snapshot({**self.anchor.values, **moves}).save(folder / _ANCHOR)
-
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
-        self.policy.assign(Snapshot.load(folder / _POLICY))
-        if self.anchor is not None:
-            values = dict(Snapshot.load(folder / _ANCHOR, device=self.policy.device).values)
-            self._moves = int(values.pop("moves"))
-            self.anchor = Snapshot(values)
 
 
 class RoundTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -265,14 +146,19 @@ class RoundTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def begin_round(self) -> None:
         """Draws and weighs the candidates of the round that now begins, and logs what they look like."""
-        per_round = len(self.train_dataset) // (self.args.gradient_accumulation_steps * max(1, self.args.world_size))
-        number = self.state.global_step // per_round
-        found, posterior, report = self._rounds.begin(number, number * per_round)
-        lengths = found.sequences.lengths.reshape(len(found.prompts), -1).max(1)
-        self.train_dataset.begin(number, lengths)
+        number, done = divmod(self.state.global_step, self._steps_per_round)
+        step = number * self._steps_per_round
+        found, posterior, report = self._rounds.begin(number, step, inside=done > 0)
+        lengths = by_prompt(torch.from_numpy(found.sequences.lengths), found.candidates.mask)
+        self.train_dataset.begin(number, lengths.amax(1).numpy())
         self.model.begin(found, posterior)
         numbers = {k: float(v) for k, v in report.summary().items() if isinstance(v, int | float) and k != "step"}
         self.log({name: number for name, number in numbers.items() if math.isfinite(number)})
+
+    @property
+    def _steps_per_round(self) -> int:
+        step_size: int = self.args.gradient_accumulation_steps * max(1, self.args.world_size)
+        return len(self.train_dataset) // step_size
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -304,6 +190,7 @@ class RoundTrainer(transformers.Trainer):  # type: ignore[misc]
         if self._folder is not None:
             checkpoint = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             self._folder.complete(checkpoint, self._training.save_total_limit)
+            self._rounds.prune(self._steps_per_round)
 
 
 class BeginRound(transformers.TrainerCallback):  # type: ignore[misc]

@@ -2,8 +2,8 @@
 
 The policy speaks, another party answers with known probabilities, and so on until the conversation ends; it wins if its
 conversation is preferred to an independent one of the opponent over the same start. This is the game of MTPO (Shani et
-al., "Multi-turn reinforcement learning from preference human feedback", 2405.14655); the formulas here are derived from
-that game, not copied from the paper:
+al., "Multi-turn reinforcement learning from preference human feedback", 2405.14655), whose Q(s, a) has one more term,
+the cost of the divergence in s itself, which is the same for all speeches:
 
     J(pi, pi') = E[P(final, final')] - tau E_pi[sum_turns KL(pi(.|s) || p0(.|s))] + tau E_pi'[the same of pi']
     Q(s, a) = E[V(s') | s, a],   V(s) = sum_a pi(a|s) (Q(s, a) - tau log(pi(a|s) / p0(a|s))),
@@ -231,11 +231,18 @@ def mirror_descent_step(
     reference: Float[Tensor, "states speeches"],
     step_size: float,
     regularisation: float,
+    mixture: bool = False,
 ) -> Float[Tensor, "states speeches"]:
     """One step of self-play in every state: pi(a|s)^(1 - eta tau) p0(a|s)^(eta tau) exp(eta Q(s, a)) / Z.
 
-    Q is that of the policy against itself, regularised. A policy that the step leaves alone is p0 exp(Q / tau) / Z in
-    every state, its own best response, so that the fixed point is the Nash policy whatever the step.
+    Q is that of the policy against itself, regularised (the paper's equation 2). A policy that the step leaves alone is
+    p0 exp(Q / tau) / Z in every state, its own best response, so that the fixed point is the Nash policy whatever the
+    step.
+
+    With `mixture`, the paper's MTPO-tau, Q is that of m = pi^(1 - eta tau) p0^(eta tau) / Z against itself. With steps
+    eta_t = 2 / (tau (t + 2)), t = 0, 1, ..., policy and mixture reach the Nash policy (theorem B.2). With one step for
+    all rounds the mixture comes to rest where m = p0 exp((1 - eta tau) Q / tau) / Z, near it; with one turn that is the
+    Nash policy of the regularisation tau / (1 - eta tau).
 
     Args:
         tree: The conversations.
@@ -244,22 +251,32 @@ def mirror_descent_step(
         reference: p0(a|s).
         step_size: eta.
         regularisation: tau.
+        mixture: Whether the mixture of policy and reference plays both sides.
 
     Raises:
         ArgumentError: A policy is none on this tree, or eta tau is above 1.
+
+    Example:
+        >>> tree = TurnTree(torch.tensor([[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]))
+        >>> preferences = torch.tensor([[0.5, 0.9], [0.1, 0.5]])
+        >>> uniform = tree.uniform()
+        >>> mirror_descent_step(tree, uniform, preferences, reference=uniform, step_size=1.0, regularisation=0.1)
+        tensor([[0.5987, 0.4013]], dtype=torch.float64)
     """
     share = step_size * regularisation
     if not (0.0 < step_size < math.inf and share <= 1.0 + 1e-12):
         raise ArgumentError(
             f"`step_size` is {step_size} and times `regularisation` {share:.3g}; it is positive, and that at most 1"
         )
-    q = preference_values(tree, policy, policy, preferences, reference=reference, regularisation=regularisation).q
-    logits = step_size * q.masked_fill(~tree.allowed, -torch.inf)
+    start = torch.zeros_like(tree.allowed, dtype=torch.float64)
     # A weight of 0 must not meet the logarithm of 0.
     for weight, p in ((1.0 - share, policy), (share, reference)):
         if weight > 0.0:
-            logits = logits + weight * p.double().log()
-    return torch.softmax(logits, 1)
+            start = start + weight * p.double().log()
+    start = start.masked_fill(~tree.allowed, -torch.inf)
+    player = torch.softmax(start, 1) if mixture else policy
+    q = preference_values(tree, player, player, preferences, reference=reference, regularisation=regularisation).q
+    return torch.softmax(start + step_size * q, 1)
 
 
 def _backward(tree: TurnTree, worth: Tensor, value: Callable[[Tensor, int], Tensor]) -> TurnValues:

@@ -28,6 +28,7 @@ from ..rewards._token_log_probs import Scorer, TokenLogProbs, device_of, lock_of
 from ..rewards._tokens import Codec, TokenSequences, stop_tokens
 from ._generation import GeneratedResponse, as_sequences, draw, uniform_numbers
 from ._policy_lora import PolicyLoRA
+from ._reference import ReferenceWeights, load_reference, reference_weights
 from ._weights import Snapshot, assign, swapped, take_snapshot
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -57,17 +58,19 @@ class Policy:
             faster (with gradients, one chunk alone is not computed twice) and takes more memory.
         batch_tokens: Most tokens of one pass while scoring, padding included. With gradients it bounds the padding and
             not the memory, since all passes wait for the backward pass.
+        reference: Another model as p0, of the same architecture and vocabulary: to go on from trained weights and stay
+            near the model that those came from. Its weights are copied. By default the policy as it is now.
 
     Attributes:
         trainable: Parameters that require gradients, by name.
-        reference: Snapshot of the weights at the start, p0: the adapters alone where the policy has adapters, otherwise
-            one more copy of the model. It may be set, for a run that goes on from trained weights.
+        reference: Weights of p0. Without the argument a snapshot of the start: the adapters alone where the policy has
+            adapters, otherwise one more copy of the model. It may be set to another snapshot.
         stop_ids: Tokens that end a response; the first closes responses that come as text.
         new_weights: Names of weights that the checkpoint lacked (see `from_pretrained`).
 
     Raises:
-        ArgumentError: The model is not causal, the tokenizer has no token that ends a response, or a limit leaves no
-            room.
+        ArgumentError: The model is not causal, the tokenizer has no token that ends a response, a limit leaves no room,
+            or the reference has another vocabulary or architecture.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -88,7 +91,7 @@ class Policy:
 
     def __init__(
         self, model: Any, tokenizer: Any, *, max_prompt_tokens: int = 512, max_new_tokens: int = 128,
-        chunk_tokens: int = 512, batch_tokens: int = 8192,
+        chunk_tokens: int = 512, batch_tokens: int = 8192, reference: "Policy | None" = None,
     ) -> None:  # fmt: skip
         for name, value in (
             ("max_prompt_tokens", max_prompt_tokens), ("max_new_tokens", max_new_tokens),
@@ -121,14 +124,18 @@ class Policy:
         self._scorer = Scorer(model, pad=self._pad, chunk_tokens=chunk_tokens)
         self._compared: set[bool] = set()
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.reference = self.snapshot()
+        self.reference: Snapshot | ReferenceWeights
+        if reference is None:
+            self.reference = self.snapshot()
+        else:
+            self.reference = reference_weights(self, reference.model, reference.tokenizer, name="`reference`")
 
     @classmethod
     def from_pretrained(
         cls, path: str, *, lora: PolicyLoRA | None = None, adapter: str | None = None, device: str | None = None,
         dtype: str = "float32", max_prompt_tokens: int = 512, max_new_tokens: int = 128, attention: str | None = None,
         gradient_checkpointing: bool = False, trust_remote_code: bool = False, revision: str | None = None,
-        chunk_tokens: int = 512, batch_tokens: int = 8192, seed: int = 0,
+        chunk_tokens: int = 512, batch_tokens: int = 8192, reference: str | None = None, seed: int = 0,
     ) -> "Policy":  # fmt: skip
         """Loads a policy.
 
@@ -151,6 +158,7 @@ class Policy:
             revision: Branch, tag or commit on the hub.
             chunk_tokens: See `Policy`.
             batch_tokens: See `Policy`.
+            reference: Folder or hub id of another model as p0, whole or an adapter, see `Policy`.
             seed: Seed of what is new and random.
 
         Raises:
@@ -187,6 +195,12 @@ class Policy:
             chunk_tokens=chunk_tokens, batch_tokens=batch_tokens,
         )  # fmt: skip
         policy.new_weights = new
+        if reference is not None:
+            # The copy of the start makes room for the other model.
+            policy.reference = Snapshot({})
+            policy.reference = load_reference(
+                policy, os.fspath(reference), dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
+            )
         return policy
 
     @property
@@ -254,7 +268,7 @@ class Policy:
 
     @torch.no_grad()
     def mixture_log_probs(
-        self, sequences: TokenSequences, mixture: tuple[Snapshot, float], *, temperature: float = 1.0
+        self, sequences: TokenSequences, mixture: tuple[Snapshot | ReferenceWeights, float], *, temperature: float = 1.0
     ) -> Float[Tensor, "n"]:
         """Log-probabilities under the token-level geometric mixture that `generate` draws from, shape `(N,)`.
 
@@ -276,7 +290,7 @@ class Policy:
 
     def generate(
         self, prompts: Sequence[Content], num_candidates: int, *, seed: int | Sequence[int], temperature: float = 1.0,
-        batch_size: int = 32, mixture: tuple[Snapshot, float] | None = None,
+        batch_size: int = 32, mixture: tuple[Snapshot | ReferenceWeights, float] | None = None,
     ) -> list[list[GeneratedResponse]]:  # fmt: skip
         """Draws responses, and tells the log-probability of each under the very distribution it was drawn from.
 
@@ -335,15 +349,19 @@ class Policy:
         return take_snapshot(self.trainable, device)
 
     @contextlib.contextmanager
-    def using(self, snapshot: Snapshot) -> Iterator[None]:
-        """Inside the block the policy has the snapshot's weights; afterwards exactly its own again.
+    def using(self, snapshot: Snapshot | ReferenceWeights) -> Iterator[None]:
+        """Inside the block the policy has the weights of a snapshot or reference; afterwards exactly its own again.
 
         A backward pass belongs under the same weights as its forward pass, and no optimiser step belongs in the block.
 
         Raises:
             ArgumentError: The snapshot is of another model.
         """
-        with lock_of(self.model), swapped(self.trainable, snapshot):
+        with lock_of(self.model), contextlib.ExitStack() as stack:
+            if isinstance(snapshot, ReferenceWeights):
+                stack.enter_context(snapshot.inside(self.model))
+            else:
+                stack.enter_context(swapped(self.trainable, snapshot))
             yield
 
     def assign(self, snapshot: Snapshot) -> None:
@@ -391,7 +409,10 @@ class Policy:
                 )
 
     def _compare_ways(
-        self, drawn: list[GeneratedResponse], temperature: float, mixture: tuple[Snapshot, float] | None
+        self,
+        drawn: list[GeneratedResponse],
+        temperature: float,
+        mixture: tuple[Snapshot | ReferenceWeights, float] | None,
     ) -> None:
         sequences = as_sequences([drawn])
         with torch.no_grad():
@@ -411,7 +432,7 @@ class Policy:
             )
 
 
-def _checked_mixture(mixture: tuple[Snapshot, float]) -> tuple[Snapshot, float]:
+def _checked_mixture(mixture: tuple[Snapshot | ReferenceWeights, float]) -> tuple[Snapshot | ReferenceWeights, float]:
     if not 0.0 <= mixture[1] <= 1.0:
         raise ArgumentError(f"`mixture` gives the other weights a share of {mixture[1]}; it lies between 0 and 1")
     return mixture

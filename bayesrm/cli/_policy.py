@@ -15,12 +15,17 @@ from ..errors import DataError
 from . import _parser
 from ._candidates import parse_candidates, read_rows
 
-_NOT_FLAGS = ("path", "lora", "seed", "trust_remote_code")
+_NOT_FLAGS = ("path", "lora", "seed", "reference", "trust_remote_code")
 
 
 def add_policy(parser: Any, *, trainable: bool) -> None:
-    """Adds POLICY and the flags `--policy.*`; with `trainable`, those of new adapters too."""
+    """Adds POLICY, `--reference` and the flags `--policy.*`; with `trainable`, those of new adapters too."""
     parser.add_argument("policy_source", metavar="POLICY", help="folder or hub id of a causal language model")
+    parser.add_argument(
+        "--reference", metavar="MODEL",
+        help="folder or hub id of another model of the same kind as reference, for instance the one that an aligned "
+        "policy came from; by default the policy itself, as it is at the start",
+    )  # fmt: skip
     _parser.add_flags(parser, Policy.from_pretrained, "policy", "flags of the policy", skip=_NOT_FLAGS)
     if trainable:
         for field in dataclasses.fields(PolicyLoRA):
@@ -42,7 +47,8 @@ def load_policy(settings: Namespace) -> Policy:
     if given["rank"] is not None:
         lora = PolicyLoRA(**{name: value for name, value in given.items() if value is not None})
     return Policy.from_pretrained(
-        settings.policy_source, lora=lora, seed=settings.seed, **settings.policy.as_dict()
+        settings.policy_source, lora=lora, reference=settings.reference, seed=settings.seed,
+        **settings.policy.as_dict(),
     )  # fmt: skip
 
 

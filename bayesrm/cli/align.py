@@ -1,5 +1,6 @@
 """`bayesrm align`: moves a policy towards the target of a method, with the reward of a saved posterior."""
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,11 +44,17 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add_run(parser)
     parser.add_argument("prompts", metavar="PROMPTS", help="file with the column `prompt`")
     parser.add_argument(
-        "--given", action="store_true", help="learn from the column `responses` of PROMPTS instead of drawing"
+        "--given",
+        action="store_true",
+        help="learn from the column `responses` of PROMPTS instead of drawing, as many as there are for each prompt",
     )
     parser.add_argument("--rounds", type=int, default=10, help="rounds of propose, score, weigh and project")
     parser.add_argument("--prompts-per-round", type=int, help="prompts of a round; all by default")
     parser.add_argument("--temperature", type=float, default=1.0, help="temperature at which candidates are drawn")
+    parser.add_argument(
+        "--keep-rounds", type=_kept, default=0, metavar="NUMBER",
+        help="files with the candidates of rounds that stay in the folder at the end, the last ones, or 'all'",
+    )  # fmt: skip
     parser.add_argument("--generation-batch", type=int, default=64, help="responses drawn side by side")
     parser.add_argument("--max-kl", type=float, help="stop when KL(policy || reference) exceeds it, in nats")
     parser.add_argument(
@@ -93,6 +100,7 @@ def run(settings: Namespace, console: Console) -> None:
         prompts_per_round=settings.prompts_per_round, candidates=None if given is None else given.responses,
         candidate_log_probs=None if given is None else given.log_probs, temperature=settings.temperature,
         generation_batch=settings.generation_batch, budget=Budget(settings.max_kl, settings.max_reward_std),
+        keep_rounds=None if settings.keep_rounds == "all" else settings.keep_rounds,
         training=training_settings(**settings.training.as_dict(), output_dir=str(target)), seed=settings.seed,
         progress=True,
     )  # fmt: skip
@@ -116,6 +124,15 @@ def run(settings: Namespace, console: Console) -> None:
             "refused": [{"row": row, "reason": reason} for row, reason in refused],
         }
     )
+
+
+def _kept(text: str | int) -> str | int:
+    """A number of files, or `"all"`."""
+    if text == "all":
+        return text
+    if not str(text).isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of files nor 'all'")
+    return int(text)
 
 
 def _table(rounds: Sequence[RoundReport]) -> str:

@@ -1,7 +1,9 @@
 """`bayesrm propose`: responses drawn from a policy, with their log-probabilities."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from jsonargparse import Namespace
 
 from . import _files, _parser
@@ -33,7 +35,7 @@ def run(settings: Namespace, console: Console) -> None:
         prompts, settings.num_candidates, seed=settings.seed, temperature=settings.temperature,
         batch_size=settings.batch_size,
     )  # fmt: skip
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "prompt": prompt,
             "responses": [response.text for response in group],
@@ -42,6 +44,13 @@ def run(settings: Namespace, console: Console) -> None:
         }
         for prompt, group in zip(prompts, drawn, strict=True)
     ]
+    kl = None
+    if settings.reference is not None:
+        with torch.no_grad(), policy.using(policy.reference):
+            of_reference = policy.log_probs(policy.sequences(drawn)).double().cpu().reshape(len(rows), -1)
+        for row, values in zip(rows, of_reference.tolist(), strict=True):
+            row["reference_log_probs"] = values
+        kl = float((torch.tensor([row["log_probs"] for row in rows]).double() - of_reference).mean())
     with _files.complete_files(target) as (file,):
         file.write_text("".join(f"{dump(row)}\n" for row in rows), encoding="utf-8")
     flat = [response for group in drawn for response in group]
@@ -53,6 +62,8 @@ def run(settings: Namespace, console: Console) -> None:
         f"{len(flat)} responses to {len(prompts)} prompts, {mean_length:.1f} tokens on average, {ended:.0%} ended by "
         f"themselves\nwritten to {target}"
     )
+    if kl is not None:
+        console.say(f"KL(draws || reference) is {kl:.3f} nats, by the mean log-ratio of the draws")
     console.result(
         {
             "command": "propose",
@@ -62,6 +73,8 @@ def run(settings: Namespace, console: Console) -> None:
             "responses": len(flat),
             "mean_length": mean_length,
             "ended": ended,
+            "reference": settings.reference,
+            "kl_to_reference": kl,
             "refused": [{"row": row, "reason": reason} for row, reason in refused],
         }
     )

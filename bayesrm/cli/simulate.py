@@ -2,9 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from jsonargparse import Namespace
+from torch import Tensor
 
+from ..engines._pairwise import bound_pairs
 from ..programs import RewardModel
+from ..programs.reward_model import Simulation
+from ..rewards import PairwisePreference
 from . import _files, _parser
 from ._console import Console, dump
 from .fit import add_data, add_program, add_program_flags, build_program, check_encoder, describe, load_data
@@ -37,6 +42,14 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return settings
 
 
+def _scores(simulation: Simulation) -> Tensor:
+    """Score of each row's first response against its second, shape `(rows,)`."""
+    scores = torch.zeros(len(simulation.data), dtype=torch.float64)
+    for group in simulation.data.groups():
+        scores[group.rows] = simulation.rewards[group.items[:, 0]] - simulation.rewards[group.items[:, 1]]
+    return scores
+
+
 def run(settings: Namespace, console: Console) -> None:
     """Draws and writes."""
     target = _files.check_output_file(settings.output, ".parquet", overwrite=settings.overwrite)
@@ -46,6 +59,9 @@ def run(settings: Namespace, console: Console) -> None:
     console.say(f"{data.summary()}\n")
     check_encoder(model, data, settings.data_source)
     featured = data.with_features(model.encode(data, progress=True).numpy())
+    pairwise = isinstance(model.reward, PairwisePreference)
+    if pairwise:
+        model, featured = bound_pairs(model, featured, progress=True)
     simulation = model.simulate(featured, seed=settings.seed)
     # The texts are written as they came: features belong to the encoder that the next fit names.
     drawn = data.with_outcomes([group.outcome for group in simulation.data.groups()])
@@ -55,8 +71,12 @@ def run(settings: Namespace, console: Console) -> None:
         "seed": settings.seed,
         "parameters": simulation.parameters,
         "latents": simulation.latents,
-        "rewards": simulation.rewards,
     }
+    if pairwise:
+        # Of the first response against the second: no response has a reward.
+        record["scores"] = _scores(simulation)
+    else:
+        record["rewards"] = simulation.rewards
     with _files.complete_files(target, truth) as (feedback_file, truth_file):
         drawn.to_parquet(feedback_file)
         truth_file.write_text(dump(record, indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """`align`: rounds of propose, score, weight and project under the Trainer."""
 
-import dataclasses
 import itertools
 import json
 import subprocess
@@ -138,13 +137,11 @@ def test_given_candidates_are_not_drawn(monkeypatch):
     policy = policies.policy("gpt2")
     monkeypatch.setattr(type(policy), "generate", None)
     given = [[f"w{i}", "w1 w1", "w3"] for i in range(4, 10)]
-    method = dataclasses.replace(METHODS["brain"], num_candidates=3)
     report = align(
-        policy, count_reward, PROMPTS, method=method, candidates=given, rounds=3, training=training(learning_rate=1e-2)
-    )
+        policy, count_reward, PROMPTS, method=METHODS["brain"], candidates=given, rounds=3,
+        training=training(learning_rate=1e-2),
+    )  # fmt: skip
     assert report.rounds[-1].reward > report.rounds[0].reward
-    with pytest.raises(ArgumentError, match="num_candidates"):
-        align(policy, count_reward, PROMPTS, method=METHODS["brain"], candidates=given, rounds=1)
 
 
 def test_adapters_are_trained_and_the_rest_stays():
@@ -196,8 +193,9 @@ def test_a_round_survives_the_disk(tmp_path):
     policy = policies.policy("gpt2")
     run_folder = tmp_path / "run"
     align(
-        policy, count_reward, PROMPTS, method=METHODS["tokens"], rounds=1, training=training(output_dir=str(run_folder))
-    )
+        policy, count_reward, PROMPTS, method=METHODS["tokens"], rounds=1, keep_rounds=None,
+        training=training(output_dir=str(run_folder)),
+    )  # fmt: skip
     file = run_folder / "round-00000.safetensors"
     found = Round.load(file)
     found.save(tmp_path / "again.safetensors")

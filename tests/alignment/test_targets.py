@@ -386,6 +386,16 @@ def test_mirror_descent_ignores_what_is_masked(opponent, payoff):
             torch.testing.assert_close(density[prompt, keep], target.log_density(alone)[0])
 
 
+@pytest.mark.parametrize("opponent", ["previous", "mixture", "reference"])
+def test_beliefs_may_be_more_precise_than_log_probabilities(opponent):
+    """A linear head believes in float64, and a language model's log-probabilities are float32."""
+    exact = ragged()
+    mixed = ScoredCandidates(exact.belief, exact.reference.float(), anchor=exact.anchor.float())
+    target = MirrorDescent(1.5, 0.2, opponent=opponent)
+    found, expected = (target.log_density(c)[MASK].double() for c in (mixed, exact))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_mirror_descent_needs_an_anchor():
     candidates = game()
     with pytest.raises(ArgumentError, match="needs `anchor`"):

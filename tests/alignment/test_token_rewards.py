@@ -408,7 +408,7 @@ def run(reward=None, method=METHOD, rounds=4, policy=None, **settings):
     training = brm.Training(**{"epochs": 2.0, "batch_size": 2, "learning_rate": 5e-3} | settings)
     report = align(
         policy, reward or SaysWord(std=0.1), PROMPTS, method=method, rounds=rounds, prompts_per_round=8, seed=3,
-        training=training,
+        training=training, keep_rounds=None,
     )  # fmt: skip
     return policy, torch.cat([p.detach().reshape(-1) for p in policy.trainable.values()]), report
 

@@ -59,7 +59,7 @@ def test_fit_reads_what_was_written(encoder, pairs, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["sim.parquet", "sim.truth.json"])
 def test_existing_files_are_refused(name, encoder, pairs, tmp_path, capsys):
     (tmp_path / name).write_text("precious")
-    assert simulate(pairs, encoder, tmp_path / "sim.parquet") == 1
+    assert simulate(pairs, encoder, tmp_path / "sim.parquet") == 2
     assert f"{tmp_path / name} exists; pass --overwrite" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["pairs.jsonl", name])
 
@@ -75,5 +75,62 @@ def test_failure_while_writing_leaves_nothing(encoder, pairs, tmp_path, capsys, 
 
 
 def test_texts_without_encoder_are_refused(pairs, tmp_path, capsys):
-    assert main(["simulate", "davidson", pairs, "-o", str(tmp_path / "sim.parquet")]) == 1
+    assert main(["simulate", "davidson", pairs, "-o", str(tmp_path / "sim.parquet")]) == 2
     assert "pass --program.encoder" in capsys.readouterr().err
+
+
+CYCLIC = '''"""Preferences that may hold cycles."""
+
+import bayesrm as brm
+
+
+def build(*, encoder: str, precision: float = 0.1) -> brm.RewardModel:
+    """Makes the program.
+
+    Args:
+        encoder: Language model.
+        precision: Prior precision.
+    """
+    reward = brm.rewards.PairwisePreference(brm.rewards.FeatureExtractor(encoder), rank=2)
+    return brm.RewardModel(reward, brm.likelihoods.BradleyTerry(), brm.priors.Gaussian(precision))
+'''
+
+
+def test_scores_of_pairs_where_no_response_has_a_reward(encoder, decided, tmp_path, capsys):
+    program, target = tmp_path / "cyclic.py", tmp_path / "sim.parquet"
+    program.write_text(CYCLIC)
+    arguments = ["simulate", str(program), decided, "-o", str(target), "--program.encoder", encoder, "--seed", "2"]
+    assert main(arguments) == 0
+    truth = json.loads((tmp_path / "sim.truth.json").read_text())
+    written, given = brm.Comparisons.load(target), brm.Comparisons.load(decided)
+    assert "rewards" not in truth
+    assert sorted(truth["parameters"]) == ["intransitive", "weight"]
+    # The scores are those of the parameters on the features of the responses.
+    features = torch.as_tensor(brm.rewards.FeatureExtractor(encoder).extract_items(given)).double()
+    head = brm.rewards.PairwisePreference(rank=2).bind(given.with_features(features.numpy()))
+    parameters = {name: torch.tensor(value).double() for name, value in truth["parameters"].items()}
+    scores, outcomes = torch.zeros(len(given)).double(), torch.zeros(len(given))
+    for group, drawn in zip(given.groups(), written.groups(), strict=True):
+        encoded = head.encode_pairs(features[group.items[:, 0]], features[group.items[:, 1]])
+        scores[group.rows] = head.apply(parameters, encoded)
+        outcomes[group.rows] = drawn.outcome.float()
+    torch.testing.assert_close(torch.tensor(truth["scores"]).double(), scores, rtol=0, atol=1e-6)
+    assert set(outcomes.tolist()) <= {0.0, 1.0}
+    assert written.text(0) == given.text(0)
+    # It can be fitted, and judged.
+    run = tmp_path / "run"
+    flags = ["--program.encoder", encoder, "--engine.prior_precision", "given"]
+    assert main(["fit", str(program), "laplace_full", str(target), "-o", str(run), *flags]) == 0
+    pytest.importorskip("matplotlib")
+    assert main(["report", str(run), str(target), "-o", str(tmp_path / "page.html")]) == 0
+    assert "Scores of pairs come from" in (tmp_path / "page.html").read_text()
+
+
+def test_ratings_have_no_scores_of_pairs(encoder, write, tmp_path, capsys):
+    program = tmp_path / "cyclic.py"
+    program.write_text(CYCLIC)
+    rated = write("rated.jsonl", [{"prompt": "q1 ?", "response": "clear", "rating": i} for i in (1, 2, 3)])
+    arguments = ["simulate", str(program), rated, "-o", str(tmp_path / "sim.parquet"), "--program.encoder", encoder]
+    assert main(arguments) == 1
+    assert "a pairwise preference explains choices between two responses" in capsys.readouterr().err
+    assert not (tmp_path / "sim.parquet").exists()

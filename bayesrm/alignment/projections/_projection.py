@@ -13,7 +13,11 @@ from ...errors import ArgumentError
 
 @runtime_checkable
 class Projection(Protocol):
-    """A loss that moves a policy towards a target."""
+    """A loss that moves a policy towards a target.
+
+    It may have an attribute `candidates_taken`, the least and the most (or `None`) candidates of a prompt that it can
+    learn from; any number otherwise. One that learns from fresh draws alone names what draws them in `draws`.
+    """
 
     def __call__(
         self, log_probs: Float[Tensor, "prompts candidates"], posterior: ResponsePosterior

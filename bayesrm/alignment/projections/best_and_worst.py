@@ -46,6 +46,11 @@ class BestAndWorst:
         """Expected log-ratio of best to worst under the best-of-n distribution, in nats."""
         return (self.n - 1) * math.fsum(1.0 / k for k in range(1, self.n))
 
+    @property
+    def candidates_taken(self) -> tuple[int, int | None]:
+        """Exactly n, of which the best and the worst count."""
+        return self.n, self.n
+
     def __call__(
         self, log_probs: Float[Tensor, "prompts candidates"], posterior: ResponsePosterior
     ) -> Float[Tensor, "prompts"]:

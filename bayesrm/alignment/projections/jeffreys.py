@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -39,6 +40,11 @@ class Jeffreys:
     def __post_init__(self) -> None:
         _check_weight(self.weight)
 
+    @property
+    def candidates_taken(self) -> tuple[int, int | None]:
+        """The baseline of the backward divergence needs another candidate."""
+        return 2, None
+
     def __call__(
         self, log_probs: Float[Tensor, "prompts candidates"], posterior: ResponsePosterior
     ) -> Float[Tensor, "prompts"]:
@@ -74,6 +80,9 @@ class MovingAnchorJeffreys:
         2.773
     """
 
+    #: Whose fresh draws each prompt has.
+    draws: ClassVar[tuple[str, ...]] = ("policy", "anchor", "anchor")
+
     weight: float = 0.5
     penalty: float = math.log(16.0)
     regularisation: float = 1.0
@@ -89,7 +98,7 @@ class MovingAnchorJeffreys:
     ) -> Float[Tensor, "prompts"]:
         """Loss of each prompt."""
         candidates = posterior.candidates
-        if candidates.sources != ("policy", "anchor", "anchor") or not bool(candidates.mask.all()):
+        if candidates.sources != self.draws or not bool(candidates.mask.all()):
             raise ArgumentError(
                 f"`sources` is {candidates.sources}; J-BOND takes one draw of the policy and two of the anchor for "
                 "each prompt, ('policy', 'anchor', 'anchor')"

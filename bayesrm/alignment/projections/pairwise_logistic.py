@@ -69,6 +69,11 @@ class PairwiseLogistic:
         if not 0.0 <= self.score_function < math.inf:
             raise ArgumentError(f"`score_function` is {self.score_function}; it is a number of at least 0")
 
+    @property
+    def candidates_taken(self) -> tuple[int, int | None]:
+        """A pair, at least."""
+        return 2, None
+
     def __call__(
         self, log_probs: Float[Tensor, "prompts candidates"], posterior: ResponsePosterior
     ) -> Float[Tensor, "prompts"]:

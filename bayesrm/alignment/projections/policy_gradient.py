@@ -44,6 +44,11 @@ class PolicyGradient:
         if self.clip is not None and not 1.0 <= self.clip < math.inf:
             raise ArgumentError(f"`clip` is {self.clip}; the largest importance weight is at least 1")
 
+    @property
+    def candidates_taken(self) -> tuple[int, int | None]:
+        """The baseline needs another candidate."""
+        return 2, None
+
     def __call__(
         self, log_probs: Float[Tensor, "prompts candidates"], posterior: ResponsePosterior
     ) -> Float[Tensor, "prompts"]:

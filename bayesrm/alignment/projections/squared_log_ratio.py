@@ -52,6 +52,11 @@ class SquaredLogRatio:
         if self.margin not in known:
             raise ArgumentError(f"`margin` is {self.margin!r}; it is one of {known}")
 
+    @property
+    def candidates_taken(self) -> tuple[int, int | None]:
+        """A pair, at least."""
+        return 2, None
+
     def __call__(
         self, log_probs: Float[Tensor, "prompts candidates"], posterior: ResponsePosterior
     ) -> Float[Tensor, "prompts"]:

@@ -128,6 +128,11 @@ class TokenPolicyGradient:
         """What stands for the uncertain rewards of tokens, shape `(N, T)`."""
         return belief.mean - self.k * belief.total_std if self.k else belief.mean
 
+    @property
+    def candidates_taken(self) -> tuple[int, int | None]:
+        """A baseline needs another candidate."""
+        return (1 if self.baseline == Baseline.NONE.value else 2), None
+
     def __call__(self, tokens: RewardedTokens, posterior: ResponsePosterior) -> Float[Tensor, "prompts"]:
         """Loss of each prompt.
 

@@ -96,7 +96,9 @@ class MirrorDescent:
             Opponent.REFERENCE.value: lambda: candidates.reference,
         }
         weights = candidates.log_weights_of(opponents[self.opponent]()).exp()
-        wins = torch.einsum("bij,bj->bi", candidates.preference_matrix, weights)
+        # Beliefs of linear heads are in float64, log-probabilities of a language model are not.
+        preferences = candidates.preference_matrix
+        wins = torch.einsum("bij,bj->bi", preferences, weights.to(preferences))
         return torch.where(candidates.mask, wins, 0.5)
 
     def log_density(self, candidates: ScoredCandidates) -> Float[Tensor, "prompts candidates"]:
