@@ -20,15 +20,19 @@ _REWARDS, _COMPONENTS = 3, 4
 class DefaultQuantities:
     """Reward differences of a few rows (rewards, where rows have one item), a few latents, and the log joint.
 
+    Where the items are pairs of responses, `responses` holds those of each row, and the differences are preference
+    scores.
+
     The log joint depends on the feedback, so that a posterior which ignores it is found out (Modrak et al. 2023,
     2211.02383). It is log p(feedback, latents | rewards), latents in unconstrained space, plus for linear heads the log
     prior density of the rewards up to a constant.
     """
 
-    def __init__(self, program: RewardModel, design: Comparisons) -> None:
-        rows = [row for g in design.groups() for row in g.items.tolist()]
+    def __init__(self, program: RewardModel, design: Comparisons, responses: Tensor | None = None) -> None:
+        groups = design.groups()
+        rows = [row for g in groups for row in zip(g.rows.tolist(), g.items.tolist(), strict=True)]
         spread = torch.linspace(0, len(rows) - 1, min(_REWARDS, len(rows))).round().long().tolist()
-        self._pairs = [(rows[i][0], rows[i][1] if len(rows[i]) > 1 else None) for i in spread]
+        self._pairs = [_named(rows[i][0], rows[i][1], responses) for i in spread]
         self._whiten: Tensor | None = None
         if program.head.is_linear:
             self._whiten, self._base = _prior_whitening(program, design)
@@ -38,8 +42,7 @@ class DefaultQuantities:
     ) -> dict[str, Tensor]:
         """The quantities of draws, each of shape `(S,)`."""
         found = {}
-        for a, b in self._pairs:
-            name = f"reward[{a}]" if b is None else f"reward[{a}] - reward[{b}]"
+        for name, a, b in self._pairs:
             found[name] = rewards[:, a] if b is None else rewards[:, a] - rewards[:, b]
         for site, values in latents.items():
             flat = values.reshape(len(values), -1)
@@ -52,6 +55,15 @@ class DefaultQuantities:
             log_joint = log_joint - 0.5 * ((rewards - self._base) @ self._whiten.T).square().sum(1)
         found["log joint"] = log_joint
         return found
+
+
+def _named(row: int, items: list[int], responses: Tensor | None) -> tuple[str, int, int | None]:
+    """The name of what is looked at in a row, and the two items (or the one) whose difference it is."""
+    first, second = items[0], items[1] if len(items) > 1 else None
+    if responses is not None:
+        return f"score[{responses[row, 0]}, {responses[row, 1]}]", first, second
+    name = f"reward[{first}]" if second is None else f"reward[{first}] - reward[{second}]"
+    return name, first, second
 
 
 def _prior_whitening(program: RewardModel, design: Comparisons) -> tuple[Tensor, Tensor]:

@@ -45,18 +45,21 @@ def bootstrap(
     Args:
         statistic: The number as a function of row indices (with repetitions), shape `(rows,)`.
         clusters: Cluster of each row, usually its prompt, shape `(rows,)`.
-        num_resamples: Number of resamples.
-        level: Coverage of the interval.
+        num_resamples: Number of resamples, at least 1.
+        level: Coverage of the interval, between 0 and 1.
         seed: Seed.
 
     Raises:
-        ArgumentError: There are fewer than two clusters.
+        ArgumentError: There are fewer than two clusters, or a setting is out of range.
 
     Example:
         >>> x = np.arange(10.0)
         >>> bootstrap(lambda i: float(x[i].mean()), np.arange(10)).value
         4.5
     """
+    check_resampling(num_resamples, level)
+    if clusters.ndim != 1:
+        raise ArgumentError(f"`clusters` has shape {clusters.shape}; give one cluster for each row, shape (rows,)")
     _, codes = np.unique(clusters, return_inverse=True)
     count = int(codes.max()) + 1 if len(codes) else 0
     if count < 2:
@@ -70,6 +73,14 @@ def bootstrap(
         draws[b] = statistic(np.concatenate([members[c] for c in chosen]))
     low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(statistic(np.arange(len(codes)))), float(low), float(high), level)
+
+
+def check_resampling(num_resamples: int, level: float) -> None:
+    """Raises `ArgumentError` unless there are resamples, and a coverage between 0 and 1."""
+    if num_resamples < 1:
+        raise ArgumentError(f"`num_resamples` is {num_resamples}; at least 1 is needed")
+    if not 0 < level < 1:
+        raise ArgumentError(f"`level` is {level}; it lies between 0 and 1")
 
 
 def redrawn(

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError
-from .bootstrap import Estimate, redrawn
+from .bootstrap import Estimate, check_resampling, redrawn
 from .brier import BrierDecomposition, brier_decomposition
 from .events import Events
 from .reliability import Reliability, _bins, reliability
@@ -20,7 +20,9 @@ class CalibrationCheck:
     The plain ECE is positive even for perfect predictions, and a bootstrap adds the same bias once more, so its naive
     percentile interval lies too high and never reaches 0. Two numbers take its place. `p_value` compares the ECE with
     what perfect calibration would have shown on these rows. `error` estimates the root mean squared gap without that
-    bias, and its interval begins at 0 where no miscalibration shows.
+    bias, and its interval begins at 0 where no miscalibration shows: where `p_value` exceeds `1 - level`, whatever the
+    redrawn prompts say, for where nearly all events occurred (or nearly none) they are all alike and vary too little.
+    In the same way the interval of `gap` holds 0 where `gap_p_value` exceeds `1 - level`.
 
     Attributes:
         curve: The reliability diagram.
@@ -28,12 +30,15 @@ class CalibrationCheck:
             with its stated probability, rows independently of each other (Broecker & Smith, Weather and Forecasting
             2007).
         high: Their upper end, shape `(bins,)`.
-        level: Coverage of the bars, for each bin by itself.
+        level: Coverage of the bars, for each bin by itself, and of the intervals.
         ece: Expected calibration error of the diagram.
         expected_ece: Its mean under perfect calibration.
         p_value: Chance of an ECE at least as large under perfect calibration.
         error: Debiased root mean squared calibration error with its interval over prompts; negative squares count as 0.
         squared_error: The same before the root: an unbiased estimate, which may be negative.
+        gap: Mean stated probability less the share of events that occurred, with its interval over prompts. For the
+            likeliest answers it is over-confidence where positive, under-confidence where negative.
+        gap_p_value: Chance of a gap as far out on either side under perfect calibration: twice the smaller tail.
         brier: The Brier score of the events in parts.
     """
 
@@ -46,6 +51,8 @@ class CalibrationCheck:
     p_value: float
     error: Estimate
     squared_error: Estimate
+    gap: Estimate
+    gap_p_value: float
     brier: BrierDecomposition
 
     def __str__(self) -> str:
@@ -70,45 +77,91 @@ def check_calibration(
     the gap in place of the label's. Its interval redraws prompts, and products of a prompt with its own copy stay out.
     Bins are those of all the data. Near 0 the interval is wider than it need be, elsewhere it covers at its level.
 
-    The test, unlike the interval, takes rows as independent given their probabilities: where many rows judge the same
-    responses, it rejects too often.
+    The tests simulate events that happen with their stated probabilities, rows independently. Rows of one prompt that
+    go together make gaps vary more: simulated ones are widened by the root of the design effect of the observed ones
+    (Rao & Scott, Biometrics 1992), which is 1 where each row has a prompt of its own.
 
     Args:
         events: From `predicted_events(prediction)`.
         prompts: Prompt of each row of the data, `data.prompt_of_row`, shape `(rows,)`.
         num_bins: Number of bins of equal numbers of events.
-        num_resamples: Resamples for bars, test and interval.
-        level: Coverage of bars and interval.
+        num_resamples: Resamples for bars, tests and intervals.
+        level: Coverage of bars and intervals, between 0 and 1.
         seed: Seed.
 
     Raises:
-        ArgumentError: There are fewer than two prompts, or no event counts.
+        ArgumentError: There are fewer than two prompts, `prompts` is too short for the rows of the events, no event
+            counts, or a setting is out of range.
     """
+    check_resampling(num_resamples, level)
     events = events.counted()
     curve = reliability(events.probability, events.occurred, weight=events.weight, num_bins=num_bins)
     bin_of = _bin_of(events, num_bins)
-    rng = np.random.default_rng(seed)
-    draw = _redraw(events)
-    frequencies = np.empty((num_resamples, len(curve.count)))
-    for s in range(num_resamples):
-        frequencies[s] = np.bincount(bin_of, events.weight * draw(rng), minlength=len(curve.count)) / curve.count
-    eces = np.average(np.abs(frequencies - curve.confidence), axis=1, weights=curve.count)
-    low, high = np.quantile(frequencies, [(1 - level) / 2, (1 + level) / 2], axis=0)
     sums = _cluster_sums(events, prompts, bin_of)
-    squared = _squared_interval(sums, num_resamples, level, seed)
+    null = _simulate(events, prompts, bin_of, num_resamples, seed)
+    low, high = np.quantile(null.frequencies, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    squared = _squared_interval(sums, num_resamples, level, seed, null.p_value)
     return CalibrationCheck(
         curve,
         low,
         high,
         level,
         curve.ece,
-        float(eces.mean()),
-        # Rounding must not decide between an ECE and its equal.
-        float((1 + (eces >= curve.ece - 1e-12).sum()) / (1 + num_resamples)),
+        null.expected_ece,
+        null.p_value,
         _root(squared),
         squared,
+        _gap_interval(sums, num_resamples, level, seed, null.gap_p_value),
+        null.gap_p_value,
         brier_decomposition(events, num_bins=num_bins),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Null:
+    """What perfect calibration would have shown: frequencies by bin, shape `(resamples, bins)`, and two tests."""
+
+    frequencies: NDArray[np.float64]
+    expected_ece: float
+    p_value: float
+    gap_p_value: float
+
+
+def _simulate(
+    events: Events, prompts: NDArray[np.int64], bin_of: NDArray[np.int64], num_resamples: int, seed: int
+) -> _Null:
+    count = np.bincount(bin_of, events.weight)
+    confidence = np.bincount(bin_of, events.weight * events.probability) / count
+    found = confidence - np.bincount(bin_of, events.weight * events.occurred) / count
+    rng = np.random.default_rng(seed)
+    draw = _redraw(events)
+    frequencies = np.empty((num_resamples, len(count)))
+    for s in range(num_resamples):
+        frequencies[s] = np.bincount(bin_of, events.weight * draw(rng), minlength=len(count)) / count
+    gaps = confidence - frequencies
+    within, overall = (_design_effect(events, prompts, cells) ** 0.5 for cells in (bin_of, np.zeros_like(bin_of)))
+    eces = within * np.average(np.abs(gaps), axis=1, weights=count)
+    totals, total = overall * np.average(gaps, axis=1, weights=count), np.average(found, weights=count)
+    # Rounding must not decide between a number and its equal.
+    tails = [(1 + (sign * totals >= sign * total - 1e-12).sum()) / (1 + num_resamples) for sign in (1, -1)]
+    ece = np.average(np.abs(found), weights=count)
+    return _Null(
+        frequencies,
+        float(eces.mean()),
+        float((1 + (eces >= ece - 1e-12).sum()) / (1 + num_resamples)),
+        float(min(1.0, 2 * min(tails))),
+    )
+
+
+def _design_effect(events: Events, prompts: NDArray[np.int64], cells: NDArray[np.int64]) -> float:
+    """Variance of sums of gaps over that of independent rows, at least 1; sums are taken in each cell."""
+    gap = events.weight * (events.probability - events.occurred)
+    squares = []
+    for owner in (prompts[events.rows], events.rows):
+        _, code = np.unique(owner, return_inverse=True)
+        squares.append(np.square(np.bincount(code * (cells.max() + 1) + cells, gap)).sum())
+    # Gaps of exclusive events cancel: what rounding leaves of them has no effect to show.
+    return max(1.0, float(squares[0] / squares[1])) if squares[1] > 1e-18 * np.square(gap).sum() else 1.0
 
 
 def _bin_of(events: Events, num_bins: int) -> NDArray[np.int64]:
@@ -143,6 +196,11 @@ def _cluster_sums(
     events: Events, prompts: NDArray[np.int64], bin_of: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Weighted sums of gaps, and of weights, of each prompt in each bin, both of shape `(prompts, bins)`."""
+    if prompts.ndim != 1 or len(prompts) <= events.rows.max():
+        raise ArgumentError(
+            f"`prompts` has shape {prompts.shape}; give one prompt for each row of the data, of which the events name "
+            f"row {events.rows.max()}: `data.prompt_of_row`"
+        )
     _, cluster = np.unique(prompts[events.rows], return_inverse=True)
     shape = (int(cluster.max()) + 1, int(bin_of.max()) + 1)
     if shape[0] < 2:
@@ -183,14 +241,36 @@ def _absolute_error(
     return error
 
 
+def _mean_gap(
+    copies: NDArray[np.float64], gap: NDArray[np.float64], weight: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    mean: NDArray[np.float64] = (copies @ gap.sum(1)) / (copies @ weight.sum(1))
+    return mean
+
+
 def _squared_interval(
-    sums: tuple[NDArray[np.float64], NDArray[np.float64]], num_resamples: int, level: float, seed: int
+    sums: tuple[NDArray[np.float64], NDArray[np.float64]], num_resamples: int, level: float, seed: int, p_value: float
 ) -> Estimate:
     value, draws = redrawn(_squared_error, sums, num_resamples, seed)
     if np.isnan(value):
         return Estimate(value, value, value, level)
     low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, float(low), float(high), level)
+    return _judged(value, float(low), float(high), level, p_value)
+
+
+def _gap_interval(
+    sums: tuple[NDArray[np.float64], NDArray[np.float64]], num_resamples: int, level: float, seed: int, p_value: float
+) -> Estimate:
+    value, draws = redrawn(_mean_gap, sums, num_resamples, seed)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return _judged(value, float(low), float(high), level, p_value)
+
+
+def _judged(value: float, low: float, high: float, level: float, p_value: float) -> Estimate:
+    """The interval, with 0 in it where the test sees no miscalibration."""
+    if p_value > 1 - level:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return Estimate(value, low, high, level)
 
 
 def _absolute_interval(

@@ -15,14 +15,14 @@ def auroc(negative: NDArray[np.float64], positive: NDArray[np.float64]) -> float
         positive: Scores of the other, shape `(m,)`.
 
     Raises:
-        ArgumentError: A class is empty.
+        ArgumentError: A class is empty, or a score is not a number.
 
     Example:
         >>> auroc(np.array([0.1, 0.4]), np.array([0.3, 0.9]))
         0.75
     """
-    if len(negative) == 0 or len(positive) == 0:
-        raise ArgumentError("`negative` and `positive` must both hold scores")
+    _check_scores("negative", negative)
+    _check_scores("positive", positive)
     from scipy.stats import rankdata
 
     ranks = rankdata(np.concatenate([negative, positive]))
@@ -33,7 +33,23 @@ def auroc(negative: NDArray[np.float64], positive: NDArray[np.float64]) -> float
 def ood_auroc(
     familiar: NDArray[np.float64], unfamiliar: NDArray[np.float64], *, num_resamples: int = 1000, seed: int = 0
 ) -> Estimate:
-    """`auroc` of an uncertainty, one number a prompt, with a bootstrap interval over prompts."""
+    """`auroc` of an uncertainty, one number a prompt, with a bootstrap interval over prompts.
+
+    Args:
+        familiar: Uncertainties of familiar prompts, shape `(n,)`.
+        unfamiliar: Those of unfamiliar ones, shape `(m,)`.
+        num_resamples: Bootstrap resamples, at least 1.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        ArgumentError: A class is empty, or an uncertainty is not a number.
+
+    Example:
+        >>> ood_auroc(np.array([0.1, 0.4]), np.array([0.3, 0.9])).value
+        0.75
+    """
+    _check_scores("familiar", familiar)
+    _check_scores("unfamiliar", unfamiliar)
     values = np.concatenate([familiar, unfamiliar])
     is_unfamiliar = np.arange(len(values)) >= len(familiar)
 
@@ -44,3 +60,10 @@ def ood_auroc(
         return auroc(values[index][~chosen], values[index][chosen])
 
     return bootstrap(statistic, np.arange(len(values)), num_resamples=num_resamples, seed=seed)
+
+
+def _check_scores(name: str, scores: NDArray[np.float64]) -> None:
+    if np.ndim(scores) != 1 or len(scores) == 0:
+        raise ArgumentError(f"`{name}` has shape {np.shape(scores)}; give at least one score, shape (n,)")
+    if np.isnan(scores).any():
+        raise ArgumentError(f"`{name}[{int(np.isnan(scores).argmax())}]` is NaN; scores must be numbers")

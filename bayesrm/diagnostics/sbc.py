@@ -1,6 +1,7 @@
 """Simulation-based calibration: does an engine, run on data of known origin, find the truth as often as it should?"""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from .._typing import Tensor
 from ..data import Comparisons
 from ..engines import DrawsPosterior, Engine, Posterior, fit
 from ..engines._digest import feedback_digest
+from ..engines._pairwise import bound_pairs
 from ..errors import ArgumentError, EngineError
 from ..programs import RewardModel
-from ._sbc_checkpoint import Checkpoint, Replicate
+from ..rewards import PairwiseHead, PairwisePreference
+from ..rewards.pairwise_preference import check_choices
+from ._sbc_checkpoint import Checkpoint, Replicate, described
 from ._sbc_quantities import DefaultQuantities, Quantities
 from ._sbc_ranks import holm, normal_scores, uniformity_p_values
 
@@ -24,6 +28,8 @@ from ._sbc_ranks import holm, normal_scores, uniformity_p_values
 _LEAST_REPLICATES = 10
 #: Adjusted p-values below this are reported as a wrong posterior.
 _DOUBT = 0.01
+#: A larger share of refused fits leaves no verdict.
+_MOST_REFUSED = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +45,8 @@ class SBC:
         shift: Mean normal score of the ranks: how far truths lie above the posterior, in its standard deviations.
         spread: Standard deviation of the normal scores: above 1 the posterior is too narrow, below 1 too wide.
         refusals: Why the engine refused to fit a replicate, one sentence each. Refused replicates have no ranks: were
-            refusals to depend on the truth, ranks would be uneven under the right posterior too.
+            refusals to depend on the truth, ranks would be uneven under the right posterior too, and even under a wrong
+            one. Above 2% of the replicates there is no verdict.
         num_unconverged: Fits that say they did not converge; their ranks count.
         num_autocorrelated: Markov chains whose effective sample size is below `num_draws`; their ranks count, and are
             more often extreme than those among independent draws.
@@ -61,10 +68,20 @@ class SBC:
         """The smallest adjusted p-value: that of the hypothesis that all quantities are calibrated."""
         return float(self.adjusted.min())
 
+    @property
+    def share_refused(self) -> float:
+        """Share of the replicates that the engine refused to fit."""
+        return len(self.refusals) / (len(self.refusals) + len(self.ranks))
+
     def __str__(self) -> str:
         worst = int(self.adjusted.argmin())
         verdict = "no sign of a wrong posterior"
-        if self.p_value < _DOUBT:
+        if self.share_refused > _MOST_REFUSED:
+            verdict = (
+                f"the posterior cannot be judged, for {self.share_refused:.0%} of the fits were refused (at most "
+                f"{_MOST_REFUSED:.0%} may be), and ranks of the rest are uneven if refusals depend on the truth"
+            )
+        elif self.p_value < _DOUBT:
             verdict = (
                 f"the posterior is wrong, most clearly about {self.names[worst]}: truths lie {self.shift[worst]:+.2f} "
                 f"of its standard deviations off, and spread {self.spread[worst]:.2f} times as wide as it says"
@@ -126,21 +143,25 @@ def simulation_based_calibration(
     prior it did not use.
 
     Args:
-        program: The reward model, with a head.
+        program: The reward model, with a head or a `PairwisePreference`.
         design: Which items are compared, by whom, in which kind of feedback; outcomes are ignored. Weights are 0 or 1.
         engine: The engine.
         num_replicates: Number of simulations.
         num_draws: Draws each truth is ranked among; `num_draws + 1` should have many divisors, for histograms.
         quantities: A function of draws of the items' rewards `(S, items)` and constrained latents `(S, *site)` that
             returns the quantities to rank by name, each of shape `(S,)`; by default reward differences of three rows,
-            up to four components of each latent, and the log joint.
+            up to four components of each latent, and the log joint. With a `PairwisePreference` it gets the scores of
+            the rows' first responses against their second, `(S, rows)`, in the place of rewards.
         seed: Seed. Replicate i depends on it and on i alone.
         checkpoint: File that keeps finished replicates, and from which a stopped run, or one of fewer replicates, goes
-            on.
+            on, in another process too. It knows a likelihood, engine and quantities of your own by their source, and
+            quantities by their names: those of another calibration are refused.
         progress: Whether to show progress.
 
     Raises:
-        ArgumentError: A number is too small, the weights are not 0 or 1, or the posterior holds too few draws.
+        ArgumentError: A number is too small, the weights are not 0 or 1, the posterior holds too few draws, or
+            `quantities` returns other names in one replicate than in another.
+        DataError: A pairwise preference meets a row that is no choice between two responses.
         EngineError: The engine refused every replicate.
         PersistenceError: The checkpoint holds another calibration or cannot be read.
 
@@ -161,18 +182,51 @@ def simulation_based_calibration(
     if bool(((weights != 0) & (weights != 1)).any()):
         raise ArgumentError("`design` has weights other than 0 and 1; feedback is simulated without weights")
     identity = {
-        "program": repr(program),
+        "program": described(program),
         "design": feedback_digest(design),
-        "engine": repr(engine),
+        "engine": described(engine),
         "num_draws": num_draws,
         "seed": seed,
+        "quantities": described(quantities),
     }
+    pairs = None
+    if isinstance(program.reward, PairwisePreference | PairwiseHead):
+        # Scores of pairs stand where rewards of items do; which pairs and features there are, no outcome changes.
+        pairs = _pairs_of_rows(design)
+        program, design = bound_pairs(program, design, progress=progress)
+        quantities = None if quantities is None else _of_scores(quantities, _pairs_of_rows(design))
+    if checkpoint is not None and quantities is not None:
+        identity["names"] = _names(program, design, quantities, seed)
     done = Checkpoint(checkpoint, identity)
-    default = DefaultQuantities(program, design) if quantities is None else None
+    default = DefaultQuantities(program, design, pairs) if quantities is None else None
     # Refused replicates carry no ranks, and are made up for by none: that would favour what is easy to fit.
     for index in tqdm(range(len(done.replicates), num_replicates), unit="fit", disable=not progress):
         done.add(_replicate(program, design, engine, num_draws, quantities or default, seed, index))
     return _collect(done.replicates[:num_replicates], num_draws)
+
+
+def _names(program: RewardModel, design: Comparisons, quantities: Quantities, seed: int) -> list[str]:
+    """Names of what is ranked, from the quantities of a truth."""
+    truth = program.simulate(design, seed=seed)
+    return list(quantities(truth.rewards[None], {site: value[None] for site, value in truth.latents.items()}))
+
+
+def _pairs_of_rows(data: Comparisons) -> Tensor:
+    """The two items of each row, shape `(rows, 2)`, of data that hold nothing but choices between two responses."""
+    check_choices(data)
+    pairs = torch.zeros(len(data), 2, dtype=torch.int64)
+    for group in data.groups():
+        pairs[group.rows] = group.items
+    return pairs
+
+
+def _of_scores(quantities: Quantities, pairs: Tensor) -> Quantities:
+    """The quantities as a function of the rewards of items that are pairs, and a pair of nothing for each prompt."""
+
+    def measured(rewards: Tensor, latents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return quantities(rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]], latents)
+
+    return measured
 
 
 def _replicate(
@@ -231,6 +285,12 @@ def _collect(replicates: list[Replicate], num_draws: int) -> SBC:
     if not ranked:
         raise EngineError(f"the engine refused all {len(replicates)} simulations; the first: {refusals[0]}")
     names = tuple(ranked[0].ranks or {})
+    for r in ranked:
+        if set(r.ranks or {}) != set(names):
+            raise ArgumentError(
+                f"`quantities` gave {sorted(names)} in one replicate and {sorted(r.ranks or {})} in another; return "
+                "the same names each time"
+            )
     ranks = np.array([[(r.ranks or {})[name] for name in names] for r in ranked], dtype=np.int64)
     p_values = uniformity_p_values(ranks, num_draws)
     scores = normal_scores(ranks, num_draws)

@@ -7,9 +7,10 @@ import torch
 from numpy.typing import NDArray
 
 from ..engines.prediction import FeedbackPrediction
-from .bootstrap import Estimate, bootstrap
+from ..errors import ArgumentError
+from .bootstrap import Estimate, bootstrap, check_resampling
 from .brier import brier_score
-from .calibration import _absolute_interval, _bin_of, _cluster_sums, _root, _squared_interval
+from .calibration import _absolute_interval, _bin_of, _cluster_sums, _root, _simulate, _squared_interval
 from .events import Events, top_label
 
 
@@ -28,7 +29,7 @@ class Scores:
             predictions; compare it between models on the same rows. Its interval says how much it would vary, with the
             upward bias that redrawing adds taken out; whether predictions are calibrated is for `calibration_error`.
         calibration_error: Debiased root mean squared calibration error of the likeliest outcome, see
-            `CalibrationCheck`; its interval begins at 0 where no miscalibration shows.
+            `CalibrationCheck`; its interval begins at 0 where no miscalibration shows, by the test described there.
     """
 
     accuracy: Estimate
@@ -51,10 +52,15 @@ def score(
     Args:
         prediction: From `posterior.predict_feedback(data)`.
         prompts: Prompt of each row, `data.prompt_of_row`, shape `(rows,)`.
-        num_resamples: Bootstrap resamples.
-        level: Coverage of the intervals.
+        num_resamples: Bootstrap resamples, at least 1.
+        level: Coverage of the intervals, between 0 and 1.
         seed: Seed of the bootstrap.
+
+    Raises:
+        ArgumentError: `prompts` has not one prompt for each row, names fewer than two, or a setting is out of range.
     """
+    check_resampling(num_resamples, level)
+    _check_prompts(prompts, prediction)
     weight = prediction.weight.numpy()
     nll = -prediction.log_prob.numpy()
     brier = np.full(len(nll), np.nan)
@@ -76,9 +82,11 @@ def score(
     if (~np.isnan(brier) & (weight > 0)).any():
         confidence, occurred, rows = top_label(prediction)
         likeliest = Events(confidence, occurred, rows, weight[rows]).counted()
-        sums = _cluster_sums(likeliest, prompts, _bin_of(likeliest, 10))
+        bin_of = _bin_of(likeliest, 10)
+        sums = _cluster_sums(likeliest, prompts, bin_of)
+        null = _simulate(likeliest, prompts, bin_of, num_resamples, seed)
         absolute = _absolute_interval(sums, num_resamples, level, seed)
-        root = _root(_squared_interval(sums, num_resamples, level, seed))
+        root = _root(_squared_interval(sums, num_resamples, level, seed, null.p_value))
     return Scores(interval(prediction.correct.numpy()), interval(nll), interval(brier), absolute, root)
 
 
@@ -91,6 +99,7 @@ def score_by_kind(
     seed: int = 0,
 ) -> dict[str, Scores]:
     """`score` of each kind of feedback by itself: choices, rankings, ratings, approvals."""
+    _check_prompts(prompts, prediction)
     kinds = dict.fromkeys(group.label.split(".")[0] for group in prediction.groups)
     result = {}
     for kind in kinds:
@@ -101,3 +110,11 @@ def score_by_kind(
         chosen = prompts[rows.numpy()]
         result[kind] = score(part, chosen, num_resamples=num_resamples, level=level, seed=seed)
     return result
+
+
+def _check_prompts(prompts: NDArray[np.int64], prediction: FeedbackPrediction) -> None:
+    if prompts.shape != (len(prediction.log_prob),):
+        raise ArgumentError(
+            f"`prompts` has shape {prompts.shape}, the prediction {len(prediction.log_prob)} rows; give the prompt of "
+            "each row, `data.prompt_of_row`"
+        )

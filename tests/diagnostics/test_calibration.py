@@ -72,6 +72,17 @@ def test_auroc_equals_the_mann_whitney_statistic():
     assert diagnostics.auroc(a, b) == pytest.approx(expected, abs=1e-12)
     by_hand = np.mean([(y > x) + 0.5 * (y == x) for x in a for y in b])
     assert diagnostics.auroc(a, b) == pytest.approx(by_hand, abs=1e-12)
+    for negative, positive, words in (
+        (a[:0], b, r"`negative` has shape \(0,\)"),
+        (a, b[:0], r"`positive` has shape \(0,\)"),
+        (a, np.array([1.0, np.nan]), r"`positive\[1\]` is NaN"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            diagnostics.auroc(negative, positive)
+        with pytest.raises(
+            ArgumentError, match=words.replace("negative", "familiar").replace("positive", "unfamiliar")
+        ):
+            diagnostics.ood_auroc(negative, positive)
     same = diagnostics.ood_auroc(a, rng.permutation(a))
     assert same.low < 0.5 < same.high
 
@@ -257,6 +268,106 @@ def test_overconfident_predictions_are_flagged_and_calibrated_ones_at_the_level_
     assert "p = 0.005" in str(sure)
 
 
+def false_alarms(draw, replicates, tests=("gap_p_value", "p_value")):
+    """How often each test rejects at 5%, and each interval leaves 0 out, of drawn `(p, occurred, prompts)`."""
+    found = dict.fromkeys([*tests, "gap", "squared_error"], 0)
+    for r in range(replicates):
+        p, occurred, prompts = draw(r)
+        check = check_calibration(independent(p, occurred), prompts, num_resamples=99, seed=r)
+        for name in tests:
+            found[name] += getattr(check, name) <= 0.05
+        found["gap"] += not check.gap.low <= 0 <= check.gap.high
+        found["squared_error"] += check.squared_error.low > 0
+        if check.p_value > 0.05:
+            assert check.error.low == 0.0
+    return found
+
+
+@pytest.mark.parametrize(("stated", "count"), [(0.95, 20), (0.05, 20), (0.98, 50)])
+def test_calibrated_events_that_nearly_all_occur_raise_no_false_alarms(stated, count):
+    """All of 20 occur in 36% of replicates: redrawn prompts are then all alike and leave 0 out of every interval."""
+
+    def draw(r):
+        rng = np.random.default_rng([17, r])
+        p = stated + rng.uniform(-0.01, 0.01, count)
+        return p, (rng.random(count) < p).astype(float), np.arange(count)
+
+    replicates, naive = 150, 0
+    found = false_alarms(draw, replicates)
+    most = scipy.stats.binom(replicates, 0.05).ppf(0.9995)
+    assert all(number <= most for number in found.values()), found
+    for r in range(replicates):
+        occurred = draw(r)[1]
+        naive += bool(occurred.all() or not occurred.any())
+    assert naive > 2 * most
+
+
+def test_a_gap_is_judged_by_the_poisson_binomial_distribution():
+    rng = np.random.default_rng(18)
+    p = rng.uniform(0.6, 0.99, 25)
+    # The distribution of the number that occur, one event after the other.
+    mass = np.ones(1)
+    for chance in p:
+        mass = np.convolve(mass, [1 - chance, chance])
+    for number in (15, 18, 22, 25):
+        occurred = np.zeros(25)
+        occurred[:number] = 1.0
+        exact = 2 * min(mass[: number + 1].sum(), mass[number:].sum())
+        found = check_calibration(independent(p, occurred), np.arange(25), num_resamples=4000)
+        # The standard error of a doubled share of 4,000, and the one that is added to it.
+        error = 4.5 * 2 * np.sqrt(exact / 2 / 4000) + 2 / 4000
+        assert found.gap_p_value == pytest.approx(min(1.0, exact), abs=error)
+        assert found.gap.value == pytest.approx(p.mean() - number / 25)
+
+
+@pytest.mark.parametrize("stated", [0.98, None])
+def test_rows_of_a_prompt_that_go_together_raise_no_false_alarms(stated):
+    """20 prompts of 20 rows with one answer each: of independent rows all would be right once in 3,000 replicates."""
+
+    def draw(r):
+        rng = np.random.default_rng([19, r])
+        p = np.full(20, stated) if stated else rng.uniform(0.5, 1.0, 20)
+        return np.repeat(p, 20), np.repeat(rng.random(20) < p, 20).astype(float), np.repeat(np.arange(20), 20)
+
+    replicates = 100
+    most = scipy.stats.binom(replicates, 0.05).ppf(0.9995)
+    found = false_alarms(draw, replicates, tests=("gap_p_value",))
+    assert all(number <= most for number in found.values()), found
+    # The same rows, each said to be a prompt of its own.
+    alone = false_alarms(lambda r: (*draw(r)[:2], np.arange(400)), replicates, tests=("gap_p_value",))
+    assert alone["gap_p_value"] > 3 * most
+
+
+@pytest.mark.parametrize(("stated", "true", "count"), [(0.95, 0.75, 40), (0.8, 1.0, 40)])
+def test_wrong_probabilities_are_still_caught(stated, true, count):
+    def draw(r):
+        rng = np.random.default_rng([20, r])
+        return np.full(count, stated), (rng.random(count) < true).astype(float), np.arange(count)
+
+    found = false_alarms(draw, 40)
+    # 0.2 off is more than 3 standard deviations of the mean of 40; exact power of either test is above 0.9.
+    least = scipy.stats.binom(40, 0.9).ppf(0.0005)
+    assert found["gap_p_value"] >= least
+    assert found["gap"] >= least
+    if true == 1.0:
+        # All answers are right: redraws do not vary, and the tests see it nonetheless.
+        assert found["squared_error"] == found["p_value"]
+
+
+def test_a_design_effect_is_that_of_rows_copied():
+    from bayesrm.diagnostics.calibration import _design_effect
+
+    rng = np.random.default_rng(21)
+    p = rng.uniform(0.5, 1.0, 30)
+    copied = independent(np.repeat(p, 4), np.repeat(rng.random(30) < p, 4))
+    cells = np.zeros(120, dtype=np.int64)
+    assert _design_effect(copied, np.repeat(np.arange(30), 4), cells) == pytest.approx(4.0)
+    assert _design_effect(copied, np.arange(120), cells) == 1.0
+    # Rows of a prompt that take turns vary less than independent ones; that is no reason to reject sooner.
+    turns = independent(np.full(40, 0.5), np.tile([0.0, 1.0], 20))
+    assert _design_effect(turns, np.repeat(np.arange(20), 2), np.zeros(40, dtype=np.int64)) == 1.0
+
+
 def test_consistency_bars_are_binomial_quantiles():
     rng = np.random.default_rng(10)
     e = independent(np.full(50, 0.3), rng.random(50) < 0.3)
@@ -407,3 +518,26 @@ def test_checks_refuse_nonsense():
         check_calibration(independent([0.5, 0.6], [1, 0]), np.zeros(2, dtype=np.int64))
     with pytest.raises(ArgumentError, match="num_bins"):
         diagnostics.reliability(np.ones(2), np.ones(2), num_bins=0)
+    one = independent([0.5, 0.6, 0.7], [1, 0, 1])
+    with pytest.raises(ArgumentError, match=r"`prompts` has shape \(2,\).*row 2"):
+        check_calibration(one, np.arange(2))
+    with pytest.raises(ArgumentError, match=r"`prompts` has shape \(3, 1\)"):
+        check_calibration(one, np.arange(3)[:, None])
+    p = prediction([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]], [0, 1, 1])
+    for function in (diagnostics.score, score_by_kind):
+        for prompts in (np.arange(2), np.arange(4)):
+            with pytest.raises(ArgumentError, match=rf"`prompts` has shape \({len(prompts)},\), the prediction 3 rows"):
+                function(p, prompts)
+    for settings, words in (
+        ({"level": 2.0}, "`level` is 2.0; it lies"),
+        ({"num_resamples": 0}, "`num_resamples` is 0"),
+    ):
+        for call in (
+            lambda **s: check_calibration(one, np.arange(3), **s),
+            lambda **s: diagnostics.score(p, np.arange(3), **s),
+            lambda **s: diagnostics.bootstrap(lambda i: 0.0, np.arange(3), **s),
+        ):
+            with pytest.raises(ArgumentError, match=words):
+                call(**settings)
+    with pytest.raises(ArgumentError, match=r"`clusters` has shape \(3, 1\)"):
+        diagnostics.bootstrap(lambda i: 0.0, np.arange(3)[:, None])

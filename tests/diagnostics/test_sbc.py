@@ -4,6 +4,8 @@ The long runs with every engine and likelihood are in `tests/reference/test_sbc.
 """
 
 import dataclasses
+import functools
+import importlib.util
 import json
 
 import numpy as np
@@ -12,10 +14,11 @@ import scipy.stats
 import torch
 
 import bayesrm as brm
+from bayesrm.diagnostics._sbc_checkpoint import described
 from bayesrm.diagnostics._sbc_quantities import DefaultQuantities
 from bayesrm.diagnostics._sbc_ranks import holm, normal_scores, uniformity_p_values
 from bayesrm.diagnostics.plots import ecdf_band
-from bayesrm.diagnostics.sbc import simulation_based_calibration
+from bayesrm.diagnostics.sbc import SBC, simulation_based_calibration
 from bayesrm.errors import ArgumentError, EngineError, PersistenceError
 
 L = brm.likelihoods
@@ -190,6 +193,140 @@ def test_a_checkpoint_of_another_calibration_is_refused(tmp_path):
         simulation_based_calibration(MODEL, design(), brm.Laplace(), num_replicates=10, checkpoint=file)
 
 
+OWN = """
+import bayesrm as brm
+
+def own(rewards, comparison):
+    d = rewards[:, 0] - rewards[:, 1]
+    return brm.dist.Categorical(logits=brm.ops.stack([d, {other} * d], axis=-1))
+
+class Wrapped:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, rewards, comparison):
+        return own(self.scale * rewards, comparison)
+"""
+
+
+def test_a_checkpoint_with_an_own_likelihood_goes_on(tmp_path):
+    """Each run has functions of its own, at other addresses, read from a file as another process would."""
+    kept = []
+
+    def run(file, likelihood, count, other="0.0"):
+        folder = tmp_path / str(len(kept))
+        folder.mkdir()
+        (folder / "own.py").write_text(OWN.format(other=other))
+        spec = importlib.util.spec_from_file_location("own", folder / "own.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        kept.append(module)
+        model = brm.RewardModel(brm.rewards.Linear(standardize=False), likelihood(module))
+        return simulation_based_calibration(
+            model, design(rows=3), brm.Laplace(), num_replicates=count, checkpoint=tmp_path / file
+        )
+
+    for file, likelihood in (("a", lambda module: module.own), ("b", lambda module: module.Wrapped(2.0))):
+        first = run(file, likelihood, 10)
+        np.testing.assert_array_equal(run(file, likelihood, 12).ranks[:10], first.ranks)
+    for file, likelihood, other in (
+        ("a", lambda module: module.own, "-1.0"),
+        ("b", lambda module: module.Wrapped(3.0), "0.0"),
+    ):
+        with pytest.raises(PersistenceError, match=r"holds another calibration \(another `program`\)"):
+            run(file, likelihood, 12, other)
+
+
+def test_a_checkpoint_of_other_quantities_is_refused(tmp_path):
+    file = tmp_path / "sbc.jsonl"
+
+    def run(quantities, count=10):
+        engine = brm.Laplace()
+        return simulation_based_calibration(
+            MODEL, design(), engine, num_replicates=count, checkpoint=file, quantities=quantities
+        )
+
+    def named(name, scale=1.0):
+        return lambda rewards, latents: {name: scale * rewards[:, 0]}
+
+    run(named("a"))
+    assert run(named("a"), 12).names == ("a",)
+    for other in (named("a", -1.0), lambda rewards, latents: {"a": rewards[:, 0]}):
+        with pytest.raises(PersistenceError, match="another `quantities`"):
+            run(other)
+    with pytest.raises(PersistenceError, match="another `names`, `quantities`"):
+        run(named("b"))
+    with pytest.raises(PersistenceError, match="another `names`, `quantities`"):
+        run(None)
+
+
+NAME = "a"
+
+
+def test_quantities_are_known_by_their_names_too(tmp_path, monkeypatch):
+    def run(checkpoint):
+        def of_this_module(rewards, latents):
+            return {NAME: rewards[:, 0]}
+
+        settings = {"num_replicates": 10, "quantities": of_this_module, "checkpoint": checkpoint}
+        return simulation_based_calibration(MODEL, design(), brm.Laplace(), **settings)
+
+    run(tmp_path / "sbc.jsonl")
+    monkeypatch.setitem(globals(), "NAME", "b")
+    with pytest.raises(PersistenceError, match="another `names`"):
+        run(tmp_path / "sbc.jsonl")
+
+
+def test_quantities_that_change_their_names_are_refused():
+    # A replicate asks twice, for the truth and for the draws.
+    names = iter(["a"] * 20 + ["b"] * 20)
+    with pytest.raises(ArgumentError, match=r"gave \['a'\] in one replicate and \['b'\] in another"):
+        simulation_based_calibration(
+            MODEL,
+            design(),
+            brm.Laplace(),
+            num_replicates=20,
+            quantities=lambda rewards, latents: {next(names): rewards[:, 0]},
+        )
+
+
+def test_descriptions_are_the_same_in_every_process_and_tell_values_apart():
+    def own(scale, rewards=None):
+        return scale
+
+    def enclosing(value):
+        return lambda: value
+
+    def circular():
+        def inner():
+            return inner
+
+        return inner
+
+    values = [
+        own,
+        functools.partial(own, 1.0),
+        functools.partial(own, 2.0),
+        enclosing(np.zeros(2000)),
+        enclosing(np.arange(2000)),
+        enclosing(torch.ones(2000)),
+        circular(),
+        Faulty(CORRECTED, shift=0.5),
+        Faulty(CORRECTED),
+        Faulty,
+        Prior().fit,
+        {"choice": L.BradleyTerry(), "rating": L.Ordinal()},
+        {"a", "b"},
+        object(),
+    ]
+    found = [json.dumps(described(value)) for value in values]
+    assert len(set(found)) == len(values)
+    assert not any("0x" in text for text in found)
+    assert found[3] == json.dumps(described(enclosing(np.zeros(2000))))
+    typed = [eval(text) for text in ("lambda x: x + 1", "lambda x: x + 1", "lambda x: x + 2", "lambda y: x")]
+    assert [described(f)["source"] == described(typed[0])["source"] for f in typed] == [True, True, False, False]
+
+
 @dataclasses.dataclass(frozen=True)
 class Refusing:
     """Refuses data in which the first candidate wins in more than `most` rows."""
@@ -207,8 +344,24 @@ def test_refusals_are_counted_and_not_made_up_for():
     assert 0 < len(found.refusals) < 20
     assert len(found.ranks) == 20 - len(found.refusals)
     assert f"{len(found.refusals)} fits were refused and have no ranks" in str(found)
+    assert found.share_refused == len(found.refusals) / 20
     with pytest.raises(EngineError, match="refused all 10 simulations; the first: too many"):
         simulation_based_calibration(MODEL, design(), Refusing(-1), num_replicates=10)
+
+
+def test_refusals_leave_no_verdict():
+    """2 of 100 refused are few; 3 are too many, whether the ranks look right or wrong."""
+    ranks, one = np.zeros((98, 1), dtype=np.int64), np.ones(1)
+    few = SBC(("reward",), ranks, 99, p_values=one, adjusted=one, shift=0 * one, spread=one)
+    wrong = dataclasses.replace(few, ranks=ranks[:97], adjusted=0.001 * one)
+    for found in (few, dataclasses.replace(few, refusals=("no",) * 2)):
+        assert "no sign of a wrong posterior" in str(found)
+    assert "the posterior is wrong" in str(wrong)
+    for found in (few, wrong):
+        text = str(dataclasses.replace(found, refusals=("no",) * 3))
+        assert "cannot be judged, for 3% of the fits were refused" in text
+        assert "no sign" not in text
+        assert "is wrong" not in text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .._rewardbench.table import wilson
 from ..bootstrap import Estimate, bootstrap
 from ..calibration import CalibrationCheck, check_calibration
 from ..events import Events, predicted_events, top_choice
@@ -35,7 +36,7 @@ def calibration(evidence: Evidence, *, seed: int) -> Section:
     confidence, occurred, rows = top_choice(evidence.prediction)
     likeliest = Events(confidence, occurred, rows, evidence.weight[rows]).counted()
     check = check_calibration(likeliest, evidence.prompt, seed=seed)
-    gap, right = _gap(likeliest, evidence.prompt, seed)
+    gap, right = check.gap, _right(likeliest, evidence.prompt, seed)
     sure = float(np.average(likeliest.probability, weights=likeliest.weight))
     kinds = {evidence.label[i].split(".")[0] for i in likeliest.rows}
     what = "its answer"
@@ -46,20 +47,22 @@ def calibration(evidence: Evidence, *, seed: int) -> Section:
         f"{right.high:.0%}] of {several(len(likeliest.rows), 'comparison')}"
     )
     advice = ""
-    if gap.low > 0:
+    # Of single probabilities test and interval must agree: the test alone notices what no decision depends on.
+    shifted, scattered = check.gap_p_value <= 1 - check.level, check.squared_error.low > 0
+    if shifted and gap.value > 0:
         verdict += f": over-confident by {100 * gap.value:.0f} points."
         advice = (
             "Over-confidence comes from a prior that is too wide, labels noisier than the likelihood allows, or a "
-            "point estimate: tune the prior by the marginal likelihood, declare label noise, or use a full "
-            "posterior."
+            "point estimate: choose the prior precision by `diagnostics.cross_validate`, declare label noise, or "
+            "use a full posterior."
         )
-    elif gap.high < 0:
+    elif shifted:
         verdict += f": under-confident by {-100 * gap.value:.0f} points."
         advice = (
-            "Under-confidence comes from a prior that holds rewards too close to 0, or from too few data: tune the "
-            "prior by the marginal likelihood."
+            "Under-confidence comes from a prior that holds rewards too close to 0, as the marginal likelihood finds "
+            "it where features are many: choose its precision by `diagnostics.cross_validate`."
         )
-    elif check.squared_error.low > 0:
+    elif scattered:
         verdict += (
             f", but single probabilities are off by {check.error.value:.0%} [{check.error.low:.0%}, "
             f"{check.error.high:.0%}]."
@@ -70,7 +73,7 @@ def calibration(evidence: Evidence, *, seed: int) -> Section:
         )
     else:
         verdict += ": no miscalibration shows."
-    off = gap.low > 0 or gap.high < 0 or check.squared_error.low > 0
+    off = shifted or scattered
     size = max(gap.low, -gap.high, check.error.low)
     status = Status.PROBLEM if off and size > _LARGE else Status.CAUTION if off else Status.GOOD
     if skill == Status.PROBLEM:
@@ -90,16 +93,12 @@ def calibration(evidence: Evidence, *, seed: int) -> Section:
     return Section("calibration", title, worst([status, skill]), verdict, advice, join(body))
 
 
-def _gap(events: Events, prompts: Integers, seed: int) -> tuple[Estimate, Estimate]:
-    """Stated less found accuracy, and found accuracy, with intervals over prompts."""
-
-    def mean(values: Floats) -> Estimate:
-        def statistic(index: Integers) -> float:
-            return float(np.average(values[index], weights=events.weight[index]))
-
-        return bootstrap(statistic, prompts[events.rows], seed=seed)
-
-    return mean(events.probability - events.occurred), mean(events.occurred)
+def _right(events: Events, prompts: Integers, seed: int) -> Estimate:
+    """Found accuracy, with an interval over prompts."""
+    prompt = prompts[events.rows]
+    found = bootstrap(lambda i: float(np.average(events.occurred[i], weights=events.weight[i])), prompt, seed=seed)
+    # Redrawn answers that are all alike do not vary, and say nothing of those that were not seen.
+    return found if found.low < found.high else wilson(found.value, len(np.unique(prompt)), found.level)
 
 
 def _skill(evidence: Evidence, seed: int) -> tuple[Status, str, str]:
