@@ -110,7 +110,7 @@ class TokenBelief:
             variance = variance + self.draws.sum(2).var(0)
         return self.mean.sum(1), variance.sqrt()
 
-    def redistribute(self, totals: Float[Tensor, "responses"]) -> "TokenBelief":
+    def redistribute(self, totals: Float[Tensor, "responses"] | Sequence[float]) -> "TokenBelief":
         """The belief once the rewards of whole responses are known: how a total is shared out among its tokens.
 
         Conditions normal variables on their sum S: with c_t the covariance of a token's reward with S (its variance,
@@ -133,8 +133,17 @@ class TokenBelief:
             >>> belief.redistribute(torch.tensor([4.0])).mean
             tensor([[2., 2.]])
         """
-        if tuple(totals.shape) != (len(self),) or not bool(torch.isfinite(totals).all()):
-            raise ArgumentError(f"`totals` must hold {len(self)} finite numbers, one for each response")
+        try:
+            given = torch.as_tensor(totals, dtype=self.mean.dtype)
+        except (TypeError, ValueError, RuntimeError):
+            raise ArgumentError(f"`totals` is {totals!r}; give {len(self)} numbers, one for each response") from None
+        if tuple(given.shape) != (len(self),):
+            raise ArgumentError(
+                f"`totals` has shape {tuple(given.shape)}; give {len(self)} numbers, one for each response"
+            )
+        if not bool(torch.isfinite(given).all()):
+            row = int((~torch.isfinite(given)).nonzero()[0])
+            raise ArgumentError(f"`totals` is {float(given[row])} for response {row}; give finite numbers")
         if not bool(self.mask.any(1).all()):
             raise ArgumentError(f"response {int((~self.mask.any(1)).nonzero()[0])} has no tokens to share its reward")
         shared = self.std.square()
@@ -144,7 +153,7 @@ class TokenBelief:
         whole = shared.sum(1, keepdim=True)
         equal = self.mask.to(self.mean) / self.mask.sum(1, keepdim=True)
         share = torch.where(whole > 0, shared / torch.where(whole > 0, whole, 1.0), equal)
-        surplus = (totals.to(self.mean) - self.mean.sum(1))[:, None]
+        surplus = (given.to(self.mean) - self.mean.sum(1))[:, None]
         # Rounding alone makes it negative.
         left = (self.total_std.square() - shared * share).clamp_min(0.0)
         return TokenBelief(self.texts, self.spans, self.mean + share * surplus, left.sqrt(), self.mask)

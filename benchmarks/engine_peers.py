@@ -13,9 +13,9 @@ with choices simulated under known strengths as well, and long chains (`NUTS`) a
 
 Our engines share one prior precision a split, chosen by cross-validation of `Laplace` inside the training pairs (by its
 marginal likelihood for items). Contenders take turns on every fold. RewardUQ and BoTorch run in an environment of their
-own, made by `uv venv peers && uv pip install --python peers/bin/python PACKAGES` (the list is in `rewarduq_child.py`) and
-named by `--peers-python peers/bin/python`; without it they are left out, and the output says so. RewardUQ's heads get
-the features in the place of its backbone's; its settings are those of its repository's
+own, made by `uv venv peers && uv pip install --python peers/bin/python PACKAGES` (the list is in `rewarduq_child.py`)
+and named by `--peers-python peers/bin/python`; without it they are left out, and the output says so. RewardUQ's heads
+get the features in the place of its backbone's; its settings are those of its repository's
 `configs/method/.../default.yaml` (the wheel has none), one epoch for instance, and others that suit small data better.
 Two rows each: "as published" has the probability and the bounds that it returns, bounds of a difference from the two
 rewards' as its metrics do; "joint" averages over the posterior, or over the members, that it keeps inside.

@@ -18,6 +18,7 @@ def build(
     precision: float = 1.0,
     discount: float = 1.0,
     rationality: float = 1.0,
+    dynamics: str | None = None,
 ) -> brm.programs.InverseRL:
     """Declares the program.
 
@@ -29,7 +30,9 @@ def build(
         precision: Prior precision of the reward of a step.
         discount: What the reward of the next step is worth now.
         rationality: Inverse temperature of the demonstrator's policy.
+        dynamics: File of a `TabularMDP` (.npz), for `nuts`, which needs to know where actions lead.
     """
-    reward = brm.rewards.StateReward(num_actions, num_states, tuple(hidden), by_action)
+    mdp = None if dynamics is None else brm.programs.TabularMDP.load(dynamics)
+    reward = brm.rewards.StateReward(num_actions, num_states, tuple(hidden), by_action, mdp)
     prior = brm.priors.Gaussian(precision=precision)
     return brm.programs.InverseRL(reward, prior=prior, discount=discount, rationality=rationality)

@@ -1,6 +1,7 @@
 """Beliefs about tokens: redistribution against Gaussian conditioning, moves between tokenizers by hand, bad input."""
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
@@ -226,8 +227,13 @@ def changed(**parts):
         ),
         (changed(spans=lambda b: b.spans.flip(-1)), r"`spans` has \[3, 0\] for token 0 of response 0"),
         (changed(spans=lambda b: b.spans - 1), r"`spans` has \[-1, 2\]"),
-        (lambda b: b.redistribute(torch.zeros(2)), "`totals` must hold 3 finite numbers"),
-        (lambda b: b.redistribute(torch.full((3,), torch.nan)), "`totals` must hold 3 finite numbers"),
+        (lambda b: b.redistribute(torch.zeros(2)), r"`totals` has shape \(2,\); give 3 numbers, one for each response"),
+        (lambda b: b.redistribute([1.0]), r"`totals` has shape \(1,\); give 3 numbers"),
+        (
+            lambda b: inspect.unwrap(TokenBelief.redistribute)(b, ["a"] * 3),
+            r"`totals` is \['a', 'a', 'a'\]; give 3 numb",
+        ),
+        (lambda b: b.redistribute(torch.full((3,), torch.nan)), "`totals` is nan for response 0; give finite numbers"),
         (lambda b: b.onto(b.spans[:2], b.mask[:2]), "`spans` and `mask` have shapes"),
         (lambda b: b.onto(b.spans, torch.zeros_like(b.mask)), "at least one token in each response"),
         (

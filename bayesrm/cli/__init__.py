@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the name of the program; by default those of the process.
 
     Returns:
-        The exit code: 0 for success, 1 for an error of this package (one line on stderr), 2 for wrong usage.
+        The exit code: 0 for success, 1 when the data, a saved run or the fit fails, 2 when the call is wrong (a name,
+        a setting or an output that is not accepted); both say why in one line on stderr.
 
     Example:
         >>> main(["--version"])

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..errors import BayesRMError
+from ..errors import ArgumentError, BayesRMError
 
 
 @dataclasses.dataclass
@@ -28,12 +28,12 @@ def reporting() -> Iterator[Status]:
         warnings.showwarning = _show_warning
         try:
             yield status
+        except (ArgumentError, argparse.ArgumentError) as error:
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            status.code = 2
         except BayesRMError as error:
             print(f"error: {_one_line(error)}", file=sys.stderr)
             status.code = 1
-        except argparse.ArgumentError as error:
-            print(f"error: {_one_line(error)}", file=sys.stderr)
-            status.code = 2
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr)
             status.code = 130

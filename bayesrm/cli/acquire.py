@@ -84,7 +84,11 @@ def run(settings: Namespace, console: Console) -> None:
         _files.check_output_file(settings.output, ".jsonl", overwrite=settings.overwrite)
     posterior = load_run(settings)
     candidates, refused = read_pool(settings.pool, on_bad_row=settings.on_bad_row)
-    data = unlabelled_pairs(candidates.prompts, candidates.responses, annotator=settings.annotator)
+    try:
+        data = unlabelled_pairs(candidates.prompts, candidates.responses, annotator=settings.annotator)
+    except ArgumentError as error:
+        # What it refuses is what the file holds.
+        raise DataError(str(error), source=settings.pool) from error
     places = list(_places(candidates))
     labelled = None if settings.labelled is None else Comparisons.load(settings.labelled)
     rows = _open_rows(data, labelled)

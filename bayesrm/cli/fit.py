@@ -9,14 +9,16 @@ import torch
 from jsonargparse import Namespace
 
 from .. import _ready_files
-from ..data import Comparisons
+from ..data import Comparisons, Trajectories
 from ..data.records import Records
 from ..engines import Engine, Posterior, Program, fit, training_settings
 from ..errors import ArgumentError, DataError
+from ..likelihoods.base import to_config
 from ..programs import RewardModel
 from ..rewards import LoRA, text_head
 from . import _files, _parser
 from ._console import Console
+from ._own_likelihood import keep_settings, own_likelihoods
 
 _SWITCHES = ("--json", "--overwrite", "-h", "--help")
 
@@ -26,7 +28,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     program, engine = (*_parser.positionals(arguments, _SWITCHES)[:2], None, None)[:2]
     parser = _parser.make_parser(
         "fit",
-        "Fits a program to feedback and saves its posterior. With PROGRAM and ENGINE, --help shows their flags.",
+        "Fits a program to feedback or trajectories and saves its posterior. With PROGRAM and ENGINE, --help shows "
+        "their flags.",
     )
     add_program(parser)
     names = ", ".join([*_ready_files.names("inference"), *_ready_files.registered()])
@@ -58,7 +61,14 @@ def run(settings: Namespace, console: Console) -> None:
         check_encoder(model, data, settings.data_source)
     posterior = fit(model, data, inference=engine, seed=settings.seed, progress=True)
     posterior.save_pretrained(target)
+    own = own_likelihoods(posterior.program.likelihood)
+    if any(to_config(likelihood)["name"] is None for likelihood in own):
+        keep_settings(target, settings.program_name, settings.builds[0], settings.get("program"))
     console.say(f"{posterior.summary()}\nsaved to {target}")
+    if own:
+        console.say(
+            f"its likelihood is your own: pass --program {settings.program_name} to commands that read {target}"
+        )
     console.result(
         {
             "command": "fit",
@@ -67,6 +77,7 @@ def run(settings: Namespace, console: Console) -> None:
             "engine": settings.engine_name,
             "data": describe(data),
             "report": dataclasses.asdict(posterior.report),
+            "needs_program": settings.program_name if own else None,
             "latents": latent_intervals(posterior),
         }
     )
@@ -89,7 +100,9 @@ def add_program_flags(parser: Any, program: str | None) -> Any:
 def add_data(parser: Any) -> None:
     """Adds the argument DATA and the flags of the reader."""
     parser.add_argument(
-        "data_source", metavar="DATA", help="file (.parquet, .jsonl, .json, .csv) or hub id with feedback"
+        "data_source",
+        metavar="DATA",
+        help="file (.parquet, .jsonl, .json, .csv) or hub id with feedback, or with trajectories for a program of them",
     )
     unused = ("source", "in_memory_limit", "cache_dir")
     _parser.add_flags(parser, Comparisons.load, "data", "flags of the reader", skip=unused)
@@ -102,12 +115,16 @@ def build_program(build: Any, settings: Namespace, accepted: Any = Program) -> A
 
 
 def load_data(settings: Namespace, kinds: Any = Comparisons) -> Any:
-    """What the command line names, as the first of the types of data whose reader knows its columns.
+    """What the command line names, see `read_data`."""
+    return read_data(settings.data_source, settings.data.as_dict(), kinds)
+
+
+def read_data(source: str, given: dict[str, Any], kinds: Any = Comparisons) -> Any:
+    """A source as the first of the types of data whose reader knows its columns, with the flags that were given.
 
     Raises:
         DataError: It can be read as none of them.
     """
-    given = settings.data.as_dict()
     defaults = {name: value.default for name, value in inspect.signature(Comparisons.load).parameters.items()}
     refused: list[DataError] = []
     for kind in kinds if isinstance(kinds, tuple) else (kinds,):
@@ -115,13 +132,13 @@ def load_data(settings: Namespace, kinds: Any = Comparisons) -> Any:
             raise ArgumentError(f"{kind.__name__} have no format of files; fit this program from Python")
         known = inspect.signature(kind.load).parameters
         try:
-            data = kind.load(settings.data_source, **{k: v for k, v in given.items() if k in known})
+            data = kind.load(source, **{k: v for k, v in given.items() if k in known})
         except DataError as error:
             refused.append(error)
             continue
         unused = [f"--data.{k}" for k, v in given.items() if k not in known and v != defaults.get(k)]
         if unused:
-            raise ArgumentError(f"{', '.join(unused)} cannot be used: {settings.data_source} holds {kind.__name__}")
+            raise ArgumentError(f"{', '.join(unused)} cannot be used: {source} holds {kind.__name__}")
         return data
     # A row that cannot be read says more than columns that another reader does not know.
     rows = [error for error in refused if error.row is not None]
@@ -141,19 +158,17 @@ def check_encoder(model: RewardModel, data: Comparisons, source: str) -> None:
         )
 
 
-def describe(data: Comparisons | Records) -> dict[str, Any]:
+def describe(data: Comparisons | Records | Trajectories) -> dict[str, Any]:
     """What was read, as JSON values."""
+    found: dict[str, Any] = {"rows": len(data)}
     if isinstance(data, Comparisons):
-        items, kinds = data.num_items, list(data.kinds)
+        found |= {"items": data.num_items, "prompts": data.num_prompts, "kinds": list(data.kinds)}
+    elif isinstance(data, Trajectories):
+        demonstrations = int(data.demonstrated.sum())
+        found |= {"steps": len(data.actions), "demonstrations": demonstrations, "preferences": len(data.preferences)}
     else:
-        items, kinds = len(data), [type(data).__name__.lower()]
-    return {
-        "rows": len(data),
-        "items": items,
-        "prompts": data.num_prompts,
-        "kinds": kinds,
-        "refused": [{"row": row, "reason": reason} for row, reason in data.refused],
-    }
+        found |= {"items": len(data), "prompts": data.num_prompts, "kinds": [type(data).__name__.lower()]}
+    return found | {"refused": [{"row": row, "reason": reason} for row, reason in data.refused]}
 
 
 def latent_intervals(posterior: Posterior) -> dict[str, Any]:

@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 from jsonargparse import Namespace
+from numpy.typing import NDArray
 
 from ..beliefs import RewardBelief
-from ..data import Comparisons
+from ..data import Comparisons, Trajectories
 from ..diagnostics import Estimate, bootstrap, score
-from ..engines import FeedbackPrediction, NetworkDraws
+from ..diagnostics._actions import action_scores, without_ties
+from ..engines import FeedbackPrediction, NetworkDraws, TrajectoryPosterior
 from ..rewards import ProjectedHead
 from . import _files, _parser
 from ._candidates import Candidates, holds_candidates, read_candidates
 from ._console import Console, dump
 from ._runs import add_run, load_run
+from ._trajectories import show_trajectory, trajectory_rows
 from .fit import add_data, describe, load_data
 
 
@@ -25,7 +28,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser = _parser.make_parser(
         "predict",
         "Predicts feedback and scores the prediction, with 95% intervals over prompts; for prompts with candidates "
-        "(columns `prompt` and `responses`), gives what is believed about each candidate's reward.",
+        "(columns `prompt` and `responses`), gives what is believed about each candidate's reward. With a run on "
+        "trajectories, does both for trajectories: predicts their actions and preferences, and gives their rewards.",
     )
     add_run(parser)
     add_data(parser)
@@ -42,7 +46,18 @@ def run(settings: Namespace, console: Console) -> None:
     posterior = load_run(settings)
     record: dict[str, Any] = {"command": "predict", "run": settings.run, "output": settings.output}
     reading = {name: settings.data[name] for name in ("columns", "split")}
-    if settings.data.kind is None and holds_candidates(settings.data_source, **reading):
+    if isinstance(posterior, TrajectoryPosterior):
+        trajectories = load_data(settings, posterior.program.data_type)
+        console.say(f"{trajectories.summary()}\n")
+        rows = list(trajectory_rows(posterior, trajectories))
+        scores = trajectory_metrics(posterior, trajectories, settings.seed)
+        record |= {"data": describe(trajectories), "metrics": scores}
+        if settings.output is None:
+            record["predictions"] = rows
+        lines = [] if settings.output is not None else [*map(show_trajectory, rows), ""]
+        lines += [f"{name:20} {_estimate(value, 'cluster of trajectories')}" for name, value in scores.items()]
+        text = "\n".join(lines)
+    elif settings.data.kind is None and holds_candidates(settings.data_source, **reading):
         candidates, refused = read_candidates(settings.data_source, on_bad_row=settings.data.on_bad_row, **reading)
         belief = posterior.predict(candidates.prompts, candidates.responses, progress=True)
         rows = list(candidate_rows(candidates, belief))
@@ -60,7 +75,7 @@ def run(settings: Namespace, console: Console) -> None:
             data = data.with_features(posterior.program.encode(data, progress=True).numpy())
         prediction = posterior.predict_feedback(data, seed=settings.seed)
         rows = list(feedback_rows(data, prediction))
-        scores = metrics(data, prediction, settings.seed)
+        scores = metrics(data.prompt_of_row, prediction, settings.seed)
         record |= {"data": describe(data), "metrics": scores}
         text = "\n".join(f"{name:9} {_estimate(value)}" for name, value in scores.items())
     if settings.output is not None:
@@ -113,12 +128,27 @@ def feedback_rows(data: Comparisons, prediction: FeedbackPrediction) -> Iterator
         }
 
 
-def metrics(data: Comparisons, prediction: FeedbackPrediction, seed: int) -> dict[str, dict[str, float | None]]:
+def trajectory_metrics(
+    posterior: TrajectoryPosterior, data: Trajectories, seed: int
+) -> dict[str, dict[str, float | None]]:
+    """Scores of the actions of demonstrations and of preferences, as far as the data hold any."""
+    scores = {f"action_{name}": _numbers(e) for name, e in action_scores(posterior, data, seed=seed).items()}
+    if len(data.preferences):
+        clusters, prediction = data.clusters[data.preferences[:, 0]], posterior.predict_feedback(data, seed=seed)
+        found, decided = metrics(clusters, prediction, seed), without_ties(prediction)
+        if "ece" in found and bool((decided.weight > 0).any()):
+            found["ece"] = metrics(clusters, decided, seed)["ece"]
+        scores |= {f"preference_{name}": value for name, value in found.items()}
+    return scores
+
+
+def metrics(
+    prompts: NDArray[np.int64], prediction: FeedbackPrediction, seed: int
+) -> dict[str, dict[str, float | None]]:
     """Accuracy, NLL, Brier score and ECE with intervals over prompts.
 
     Without intervals where all rows have one prompt, and the NLL alone where the outcomes of no row can be listed.
     """
-    prompts = data.prompt_of_row
     listed = any(group.probs is not None for group in prediction.groups)
     if len(np.unique(prompts)) < 2:
         values = {"accuracy": prediction.accuracy} if listed else {}
@@ -132,12 +162,13 @@ def metrics(data: Comparisons, prediction: FeedbackPrediction, seed: int) -> dic
 
 
 def _numbers(estimate: Estimate) -> dict[str, float | None]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+    low, high = (None if math.isnan(end) else end for end in (estimate.low, estimate.high))
+    return {"value": estimate.value, "low": low, "high": high}
 
 
-def _estimate(numbers: Mapping[str, float | None]) -> str:
+def _estimate(numbers: Mapping[str, float | None], cluster: str = "prompt") -> str:
     if numbers["low"] is None:
-        return f"{numbers['value']:.4f} (one prompt, no interval)"
+        return f"{numbers['value']:.4f} (one {cluster}, no interval)"
     return f"{numbers['value']:.4f} [{numbers['low']:.4f}, {numbers['high']:.4f}]"
 
 

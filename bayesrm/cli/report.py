@@ -1,15 +1,17 @@
 """`bayesrm report`: one HTML file that tells a person whether a saved posterior can be trusted."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jsonargparse import Namespace
 
 from ..data import Comparisons
 from ..diagnostics._report import Section, examine, write
+from ..errors import DataError
 from . import _files, _parser
 from ._console import Console
 from ._runs import add_run, load_run
-from .fit import add_data, describe, load_data
+from .fit import add_data, describe, load_data, read_data
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -18,7 +20,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
         "report",
         "Judges a saved posterior by comparisons that it was not fitted on, and writes one self-contained HTML file: "
         "the declared model drawn, the engine's checks, calibration, predictive checks, uncertainty, the comparisons "
-        "it knows least about with their texts, and suspected failures.",
+        "it knows least about with their texts, and suspected failures. Of a run on trajectories: their actions and "
+        "preferences as predicted, and rewards by state.",
     )
     add_run(parser)
     add_data(parser)
@@ -37,8 +40,11 @@ def run(settings: Namespace, console: Console) -> None:
     """Judges and writes."""
     target = _files.check_output_file(settings.output, ".html", overwrite=settings.overwrite)
     posterior = load_run(settings)
-    data = load_data(settings)
-    others = {name: _load(settings, name) for name in ("train", "ood")}
+    kinds = posterior.program.data_type
+    data = load_data(settings, kinds)
+    if isinstance(data, Comparisons) and not any(bool((group.weight > 0).any()) for group in data.groups()):
+        raise DataError("every row of `data` has weight 0", source=settings.data_source)
+    others = {name: _load(settings, name, kinds) for name in ("train", "ood")}
     console.say(f"{data.summary()}\n")
     sections = examine(posterior, data, **others, seed=settings.seed, progress=True)
     write(posterior, sections, target, title=settings.title)
@@ -56,10 +62,10 @@ def run(settings: Namespace, console: Console) -> None:
     )
 
 
-def _load(settings: Namespace, name: str) -> Comparisons | None:
+def _load(settings: Namespace, name: str, kinds: Any) -> Any:
     """A further data set, read with the flags of the reader."""
     source = settings.get(name)
-    return None if source is None else Comparisons.load(source, **settings.data.as_dict())
+    return None if source is None else read_data(source, settings.data.as_dict(), kinds)
 
 
 def _line(section: Section) -> str:

@@ -1,4 +1,4 @@
-"""`bayesrm select`: one response for each prompt."""
+"""`bayesrm select`: one response for each prompt, or one trajectory of each group."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,19 +7,29 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from ..beliefs import RewardBelief
+from ..data import Trajectories
+from ..engines import TrajectoryPosterior
 from ..selection import select
 from . import _files, _parser
 from ._candidates import Candidates, read_candidates
 from ._console import Console, dump
 from ._rules import SETTINGS, add_rule, make_rule
 from ._runs import add_run, load_run
+from ._trajectories import picked_trajectories, show_pick
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """The settings of the command."""
-    parser = _parser.make_parser("select", "Picks one of the candidate responses of each prompt.")
+    parser = _parser.make_parser(
+        "select",
+        "Picks one of the candidate responses of each prompt; with a run on trajectories, one of each group of them.",
+    )
     add_run(parser)
-    parser.add_argument("candidates", metavar="CANDIDATES", help="file with the columns `prompt` and `responses`")
+    parser.add_argument(
+        "candidates",
+        metavar="CANDIDATES",
+        help="file with the columns `prompt` and `responses`, or for trajectories `states`, `actions` and `group`",
+    )
     add_rule(parser)
     parser.add_argument("--on-bad-row", choices=("raise", "skip"), default="raise", help="what to do with a bad row")
     parser.add_argument("-o", "--output", metavar="FILE.jsonl", help="file for the picks, one a line")
@@ -33,14 +43,19 @@ def run(settings: Namespace, console: Console) -> None:
     if settings.output is not None:
         _files.check_output_file(settings.output, ".jsonl", overwrite=settings.overwrite)
     posterior = load_run(settings)
-    candidates, refused = read_candidates(settings.candidates, on_bad_row=settings.on_bad_row)
-    belief = posterior.predict(candidates.prompts, candidates.responses, progress=True)
-    picks = list(picked(candidates, rule(belief), select(belief, rule), belief))
+    if isinstance(posterior, TrajectoryPosterior):
+        data = Trajectories.load(settings.candidates, on_bad_row=settings.on_bad_row)
+        belief, refused = posterior.predict_items(data), list(data.refused)
+        picks = list(picked_trajectories(data, rule(belief), select(belief, rule), belief))
+    else:
+        candidates, refused = read_candidates(settings.candidates, on_bad_row=settings.on_bad_row)
+        belief = posterior.predict(candidates.prompts, candidates.responses, progress=True)
+        picks = list(picked(candidates, rule(belief), select(belief, rule), belief))
     if settings.output is not None:
         with _files.complete_files(_files.check_output_file(settings.output, ".jsonl", overwrite=True)) as (file,):
             file.write_text("".join(f"{dump(pick)}\n" for pick in picks), encoding="utf-8")
     for pick in picks:
-        console.say(_show(pick))
+        console.say(show_pick(pick) if isinstance(posterior, TrajectoryPosterior) else _show(pick))
     if refused:
         console.say(f"{len(refused)} rows refused; the first is row {refused[0][0]}: {refused[0][1]}")
     if settings.output is not None:

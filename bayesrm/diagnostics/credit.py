@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,9 @@ def credit(belief: TokenBelief) -> Credit:
     Args:
         belief: From a posterior's `predict_tokens`, or its `redistribute`.
 
+    Raises:
+        ArgumentError: It is a belief of another kind.
+
     Example:
         >>> belief = TokenBelief(
         ...     texts=("good bad",), spans=torch.tensor([[[0, 4], [4, 8]]]), mean=torch.tensor([[1.0, -2.0]]),
@@ -72,6 +76,10 @@ def credit(belief: TokenBelief) -> Credit:
         >>> credit(belief).positive.round(3)
         array([[0.841, 0.023]])
     """
+    if not isinstance(belief, TokenBelief):
+        raise ArgumentError(
+            f"`belief` is of type {type(belief).__name__}; give a TokenBelief, from a posterior's `predict_tokens`"
+        )
     padding = ~belief.mask.numpy()
     values = (belief.mean, belief.total_std, _probability_positive(belief))
     mean, std, positive = (np.where(padding, np.nan, v.double().numpy()) for v in values)
@@ -203,9 +211,13 @@ def save_credit_html(
     return file
 
 
-def _rows(found: Credit, rows: Sequence[int] | None) -> list[int]:
+def _rows(found: Credit, rows: Any) -> list[int]:
+    if rows is not None and (isinstance(rows, str) or not isinstance(rows, Iterable)):
+        raise ArgumentError(f"`rows` is {rows!r}; give a list of responses, such as [0], or None for all")
     shown = list(range(len(found)) if rows is None else rows)
     for row in shown:
+        if isinstance(row, bool) or not isinstance(row, int | np.integer):
+            raise ArgumentError(f"there is no response {row!r}; responses are counted from 0")
         if not 0 <= row < len(found):
             raise ArgumentError(f"there is no response {row}; the belief is about {len(found)}, counted from 0")
     return shown

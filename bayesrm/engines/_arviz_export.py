@@ -1,6 +1,7 @@
 """A posterior as ArviZ's inference data, with named dimensions."""
 
 import dataclasses
+import enum
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ..data import Comparisons
 from ..data.groups import FeedbackGroup
 from ._density import FeedbackDensity
 from ._evaluation import evaluations
+from ._settings import check_choice
 from .draws import JointDraws
 
 if TYPE_CHECKING:
@@ -27,11 +29,21 @@ _TAKEN = frozenset({"reward", "chain", "draw", "item", "annotator"})
 #: ArviZ's names for what samplers record.
 _STATISTICS = {"num_steps": "n_steps", "accept_prob": "acceptance_rate"}
 
+
+class Unit(enum.StrEnum):
+    """What has a number in `log_likelihood`."""
+
+    COMPARISON = "comparison"
+    """Each row."""
+    PROMPT = "prompt"
+    """All rows about one prompt."""
+
+
 #: Names of the dimensions of a variable, and its values.
 Variable = tuple[tuple[str, ...], NDArray[Any]]
 
 
-def export(posterior: "Posterior", data: Comparisons, *, num_samples: int, seed: int, predictive: bool) -> Any:
+def export(posterior: "Posterior", data: Comparisons, *, num_samples: int, seed: int, predictive: bool, by: str) -> Any:
     """What `Posterior.to_arviz` returns.
 
     Groups and variables, C candidates at most and F features:
@@ -41,28 +53,35 @@ def export(posterior: "Posterior", data: Comparisons, *, num_samples: int, seed:
     * `posterior_predictive` and `observed_data`: `feedback`, coded as in `FeedbackGroup`, (comparison) or for rankings
       (comparison, rank), padded with -1. Data of several kinds have a variable and a dimension for each, such as
       `feedback_rating` over `comparison_rating`.
-    * `log_likelihood`: `feedback` (chain, draw, comparison), unweighted, in the order of the data.
+    * `log_likelihood`: `feedback` (chain, draw, comparison), unweighted, in the order of the data; or by prompt
+      (chain, draw, prompt), rows summed with their weights.
     * `sample_stats`: what the sampler recorded, under ArviZ's names; `log_ratio` of approximate engines.
     * `constant_data`: `kind`, `weight`, `prompt_of_comparison`, `annotator_of_comparison` (-1: none) and `margin` over
       `comparison`; `candidates` (comparison, candidate), items padded with -1; `prompt_of_item`, `words` over `item`;
-      `features` (item, feature).
+      `features` (item, feature); `weight_of_prompt` (prompt), summed over its rows.
 
-    Rows of weight 0 are in `constant_data` alone, so that no statistic counts them; coordinates of `comparison` are
-    positions in the data.
+    Rows of weight 0 are in `constant_data` alone, so that no statistic counts them, nor prompts that have no others;
+    coordinates of `comparison` are positions in the data, those of `prompt` numbers as in `prompt_of_comparison`.
     """
+    check_choice("by", by, Unit)
     arviz()
     draws = posterior.draw(data, num_samples=num_samples, seed=seed)
     density = posterior._density_of(data)
     found = list(evaluations(density, draws, seed=seed + 1 if predictive else None))
     log_probs = [torch.cat(parts) for parts in zip(*(e.log_probs for e in found), strict=True)]
     counted, log_likelihood = _counted_rows(density.groups, log_probs)
+    constants = _constants(data, density.groups)
+    coordinate = counted
+    if Unit(by) is Unit.PROMPT:
+        weight = torch.from_numpy(constants["weight"][1][counted])
+        coordinate, log_likelihood = _by_prompt(log_likelihood * weight, data.prompt_of_row[counted])
     sampled = ("chain", "draw")
     variables: dict[str, dict[str, Variable]] = {
         "posterior": {"reward": ((*sampled, "item"), _by_chain(draws, draws.rewards))}
         | _latents(posterior, density, draws),
-        "log_likelihood": {"feedback": ((*sampled, "comparison"), _by_chain(draws, log_likelihood))},
+        "log_likelihood": {"feedback": ((*sampled, Unit(by).value), _by_chain(draws, log_likelihood))},
         "sample_stats": {name: (sampled, _by_chain(draws, x)) for name, x in _statistics(draws).items()},
-        "constant_data": _constants(data, density.groups),
+        "constant_data": constants,
     }
     variables["observed_data"], positions = _feedback(density.groups, [g.outcome[None] for g in density.groups], None)
     if predictive:
@@ -72,7 +91,7 @@ def export(posterior: "Posterior", data: Comparisons, *, num_samples: int, seed:
         "chain": np.arange(draws.num_chains),
         "draw": np.arange(len(draws.rewards) // draws.num_chains),
         "item": np.arange(data.num_items) if data.ids is None else np.asarray(data.ids),
-        "comparison": counted,
+        Unit(by).value: coordinate,
         "annotator": np.asarray(_annotators(posterior, data), dtype=str),
         **positions,
     }
@@ -80,6 +99,13 @@ def export(posterior: "Posterior", data: Comparisons, *, num_samples: int, seed:
     if data.annotators:
         groups["constant_data"] = groups["constant_data"].assign_coords(annotator=coordinates["annotator"])
     return inference_data(groups, _attributes(posterior, seed))
+
+
+def _by_prompt(values: Tensor, prompts: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
+    """The prompts there are, ascending, and for each the sum of its columns of `values`, shape `(draws, prompts)`."""
+    found, place = np.unique(prompts, return_inverse=True)
+    total = torch.zeros(len(values), len(found), dtype=values.dtype)
+    return found, total.index_add(1, torch.from_numpy(place.reshape(-1)), values)
 
 
 def _dataset(variables: Mapping[str, Variable], coordinates: Mapping[str, NDArray[Any]]) -> Any:
@@ -184,7 +210,10 @@ def _constants(data: Comparisons, groups: Sequence[FeedbackGroup]) -> dict[str, 
         "prompt_of_comparison": (("comparison",), np.asarray(data.prompt_of_row)),
         "candidates": (("comparison", "candidate"), candidates),
         "prompt_of_item": (("item",), np.asarray(data.prompt_of_item)),
-    }
+        "weight_of_prompt": (
+            ("prompt",), np.bincount(np.asarray(data.prompt_of_row), weights=weight, minlength=data.num_prompts)
+        ),
+    }  # fmt: skip
     if data.annotators:
         variables["annotator_of_comparison"] = (("comparison",), annotator)
     if not np.isnan(margin).all():

@@ -21,8 +21,11 @@ from ..rewards._state_network import StateNetwork
 from ._avril_objective import step_terms, temporal_difference
 from ._density import FeedbackDensity
 from ._settings import settings_of
+from ._state_rewards import NetworkRewards
+from ._trajectory_digest import trajectory_digest
+from ._trajectory_draws import feedback_density
 from .report import FitReport
-from .trajectory_posterior import NetworkRewards, TrajectoryPosterior
+from .trajectory_posterior import TrajectoryPosterior
 
 if TYPE_CHECKING:
     from .avril import AVRIL
@@ -231,8 +234,11 @@ def fit_states(
         iterations=engine.num_steps,
         prior_precision=program.reward_precision,
         diagnostics=found,
+        data_digest=trajectory_digest(data),
     )
-    point = {} if density is None else density.constrain(latents.detach()[None])
+    # Demonstrations say nothing of a likelihood's latents: they stay where their prior puts them.
+    told = feedback_density(program) if density is None else density
+    point = told.constrain((told.initial_latents if density is None else latents.detach())[None])
     return TrajectoryPosterior(program, report, NetworkRewards(program, network.eval(), engine.min_std), point)
 
 

@@ -22,8 +22,11 @@ from ._density import FeedbackDensity, LatentSite
 from ._jax_density import double_precision
 from ._numpyro_chains import _STATISTICS, _compile
 from ._settings import settings_of
+from ._state_rewards import DrawnRewards
+from ._trajectory_digest import trajectory_digest
+from ._trajectory_draws import prior_latents
 from .report import FitReport
-from .trajectory_posterior import DrawnRewards, TrajectoryPosterior
+from .trajectory_posterior import TrajectoryPosterior
 
 if TYPE_CHECKING:
     from .nuts import NUTS
@@ -120,10 +123,12 @@ def fit_known(
         iterations=engine.num_chains * (engine.num_warmup + engine.num_samples),
         prior_precision=program.reward_precision,
         diagnostics=found,
+        data_digest=trajectory_digest(data),
     )
     values = (x[:, : known.size] * program.reward_precision**-0.5).reshape(len(x), reward.num_states, width)
-    latents = {} if density is None else density.constrain(x[:, known.size :])
-    return TrajectoryPosterior(program, report, DrawnRewards(program, values, engine.num_chains), latents)
+    # Demonstrations say nothing of what judges preferences.
+    latents = prior_latents(program, len(x), seed) if density is None else density.constrain(x[:, known.size :])
+    return TrajectoryPosterior(program, report, DrawnRewards(program, values, engine.num_chains, stats), latents)
 
 
 def tables(data: Trajectories, num_states: int, num_actions: int) -> tuple[Tensor, Tensor]:

@@ -62,10 +62,10 @@ def load(path: str | Path, likelihood: Any = None) -> Posterior:
     folder = Path(path)
     settings, tensors = read_run(folder)
     if settings["type"] == "TrajectoryPosterior":
-        raise PersistenceError(
-            f"{folder} holds a posterior over rewards of trajectories; read it by "
-            "bayesrm.engines.TrajectoryPosterior.from_pretrained"
-        )
+        from ._trajectory_persistence import load as load_trajectories
+
+        about_states: Any = load_trajectories(folder, likelihood)
+        return about_states  # type: ignore[no-any-return]
     program, changed = _program(settings["program"], likelihood, folder, tensors)
     for name in changed:
         warnings.warn(

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -50,8 +51,15 @@ def new_run(path: str | Path) -> Iterator[Path]:
 
 
 def write_run(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes settings and tensors into the folder that `new_run` gave."""
-    (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    """Writes settings and tensors into the folder that `new_run` gave.
+
+    JSON has no numbers that are not finite: they are written as `null`, with their places and what they were under
+    `not_finite`, from where `read_run` puts them back.
+    """
+    places: list[tuple[list[str | int], str]] = []
+    plain = {name: _strict(value, [name], places) for name, value in settings.items()}
+    text = json.dumps(plain | ({"not_finite": places} if places else {}), indent=2, allow_nan=False)
+    (folder / _SETTINGS).write_text(text + "\n")
     safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / _TENSORS)
 
 
@@ -74,11 +82,29 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if _digest(file) != manifest.get("sha256", {}).get(name):
             raise PersistenceError(f"{file} differs from the digest in {_MANIFEST}; it was damaged or edited")
     settings = _read_json(folder / _SETTINGS)
+    for place, value in settings.pop("not_finite", []):
+        *way, last = place
+        holder: Any = settings
+        for key in way:
+            holder = holder[key]
+        holder[last] = float(value)
     try:
         tensors = safetensors.torch.load_file(folder / _TENSORS)
     except (OSError, safetensors.SafetensorError) as error:
         raise PersistenceError(f"{folder / _TENSORS} cannot be read: {error}") from error
     return settings, tensors
+
+
+def _strict(value: Any, place: list[str | int], found: list[tuple[list[str | int], str]]) -> Any:
+    """The value without numbers that are not finite, whose places are noted."""
+    if isinstance(value, Mapping):
+        return {key: _strict(inner, [*place, str(key)], found) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner, [*place, i], found) for i, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        found.append((place, str(value)))
+        return None
+    return value
 
 
 def _put_in_place(folder: Path, target: Path) -> None:

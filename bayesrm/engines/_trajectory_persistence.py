@@ -17,8 +17,9 @@ from ..programs import InverseRL
 from ..programs.tabular_mdp import TabularMDP
 from ..rewards import StateReward
 from ._saved_run import new_run, read_run, write_run
+from ._state_rewards import DrawnRewards, NetworkRewards, StateRewards
 from .report import FitReport
-from .trajectory_posterior import DrawnRewards, NetworkRewards, StateRewards, TrajectoryPosterior
+from .trajectory_posterior import TrajectoryPosterior
 
 
 def save(posterior: TrajectoryPosterior, path: str | Path) -> None:
@@ -52,7 +53,7 @@ def to_saved(posterior: TrajectoryPosterior) -> tuple[dict[str, Any], dict[str, 
     assert isinstance(reward, StateReward)
     if reward.dynamics is not None and not isinstance(reward.dynamics, TabularMDP):
         raise PersistenceError(f"dynamics of type {type(reward.dynamics).__name__} cannot be saved; use TabularMDP")
-    tensors = {f"latents.{name}": value for name, value in posterior.latents.items()}
+    tensors = {f"latents.{name}": value for name, value in posterior._latents.items()}
     if isinstance(reward.dynamics, TabularMDP):
         for name in ("transitions", "terminal", "start"):
             tensors[f"dynamics.{name}"] = _tensor(getattr(reward.dynamics, name))
@@ -60,6 +61,7 @@ def to_saved(posterior: TrajectoryPosterior) -> tuple[dict[str, Any], dict[str, 
     if isinstance(posterior.rewards, DrawnRewards):
         beliefs = {"type": "DrawnRewards", "num_chains": posterior.rewards.num_chains}
         tensors["rewards.values"] = posterior.rewards.values
+        tensors |= {f"stats.{name}": value for name, value in posterior.rewards.sample_stats.items()}
     else:
         assert isinstance(posterior.rewards, NetworkRewards)
         state = posterior.rewards.network.state_dict()
@@ -111,7 +113,9 @@ def from_saved(
     )
     rewards: StateRewards
     if settings["rewards"]["type"] == "DrawnRewards":
-        rewards = DrawnRewards(program, tensors["rewards.values"], settings["rewards"]["num_chains"])
+        # Runs of the first releases have none.
+        stats = {k.removeprefix("stats."): v for k, v in tensors.items() if k.startswith("stats.")}
+        rewards = DrawnRewards(program, tensors["rewards.values"], settings["rewards"]["num_chains"], stats)
     else:
         state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
         network = reward.network(len(state["center"]))

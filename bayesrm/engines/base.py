@@ -13,8 +13,10 @@ from .enumeration import Enumeration
 from .importance import ImportanceSampling
 from .laplace import Laplace
 from .map import MAP
+from .nuts import NUTS
 from .posterior import Posterior
 from .response_posterior import ResponsePosterior
+from .trajectory_posterior import TrajectoryPosterior
 
 
 @runtime_checkable
@@ -56,8 +58,19 @@ def fit(
 
 @overload
 def fit(
+    model: InverseRL,
+    data: Trajectories,
+    *,
+    inference: Engine | str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> TrajectoryPosterior: ...
+
+
+@overload
+def fit(
     model: RewardModel | InverseRL | LanguageFeedback,
-    data: Comparisons | Corrections | Demonstrations | Trajectories,
+    data: Comparisons | Corrections | Demonstrations,
     *,
     inference: Engine | str | None = None,
     seed: int = 0,
@@ -98,7 +111,7 @@ def fit(
         -2.43
     """
     if isinstance(model, type) or not isinstance(model, Program):
-        raise ArgumentError(f"`model` is a {type(model).__name__}; it must be a program such as RewardModel")
+        raise ArgumentError(f"`model` is {_kind(model)}; it must be a program such as RewardModel")
     if isinstance(inference, str):
         from .registry import make
 
@@ -113,19 +126,18 @@ def fit(
     if not isinstance(data, accepted):
         hint = "; read it with Comparisons.load(...)" if isinstance(data, list | str) else ""
         names = " or ".join(kind.__name__ for kind in accepted)
-        raise DataError(f"`data` is a {type(data).__name__}; {type(model).__name__} explains {names}{hint}")
+        raise DataError(f"`data` is {_kind(data)}; {type(model).__name__} explains {names}{hint}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ArgumentError(f"`seed` is {seed!r}; it is a non-negative integer")
     if not isinstance(model, programs_of(engine)):
-        raise EngineError(f"{type(engine).__name__} cannot serve a {type(model).__name__}; use {_engines_for(model)}")
+        raise EngineError(f"{type(engine).__name__} cannot serve {_kind(model)}; use {_engines_for(model)}")
     if isinstance(model, GoodnessPosterior):
         responses: ResponsePosterior = engine.fit(model, data, seed=seed, progress=progress)
         return responses
     if len(data) == 0:
         raise DataError("the data hold no rows")
     if not isinstance(model, RewardModel):
-        other: Posterior = engine.fit(model, data, seed=seed, progress=progress)
-        return other
+        return engine.fit(model, data, seed=seed, progress=progress)
     assert isinstance(data, Comparisons)
     program, encoded = bound(model, data, engine, seed=seed, progress=progress)
     posterior: Posterior = engine.fit(program, encoded, seed=seed, progress=progress)
@@ -159,4 +171,11 @@ def _engines_for(model: Any) -> str:
     from .registry import BUILT_IN, available
 
     ours = [registered.load() for registered in available() if registered.distribution == BUILT_IN]
+    if isinstance(model, InverseRL) and not model.has_dynamics:
+        ours = [e for e in ours if e is not NUTS]
     return ", ".join(f"{e.__name__}()" for e in ours if isinstance(model, programs_of(e)))
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"

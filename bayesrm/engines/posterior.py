@@ -130,6 +130,13 @@ class Posterior(abc.ABC):
         if any(arrays) and not all(arrays):
             raise ArgumentError("`candidates` mixes arrays of features with lists of texts; give one kind")
         if all(arrays):
+            shapes = [tuple(c.shape) for c in candidates]
+            odd = next((i for i, x in enumerate(shapes) if len(x) != 2 or x[1] != shapes[0][-1]), None)
+            if odd is not None:
+                raise ArgumentError(
+                    f"`candidates[{odd}]` has shape {shapes[odd]}; features are of shape (K, num_features), with the "
+                    "same num_features for all prompts"
+                )
             features = torch.cat([torch.as_tensor(c).double() for c in candidates])
             head = self.program.head
             if isinstance(head, ProjectedHead):
@@ -298,24 +305,44 @@ class Posterior(abc.ABC):
         if isinstance(self.program.head, PairwiseHead):
             raise ArgumentError("a pairwise preference has no reward of a single response; use `predict_preferences`")
 
-    def to_arviz(self, data: Comparisons, *, num_samples: int = 1000, seed: int = 0, predictive: bool = True) -> Any:
+    def to_arviz(
+        self,
+        data: Comparisons,
+        *,
+        num_samples: int = 1000,
+        seed: int = 0,
+        predictive: bool = True,
+        by: str = "comparison",
+    ) -> Any:
         """The posterior on `data` for ArviZ: reward draws and latents, never the weights of a network.
 
-        Groups: `posterior`, `posterior_predictive`, `log_likelihood` (a number for each comparison), `sample_stats`,
-        `observed_data` and `constant_data`; dimensions `item`, `comparison`, `candidate`, `annotator`, `feature`.
+        Groups: `posterior`, `posterior_predictive`, `log_likelihood` (a number for each comparison, or each prompt),
+        `sample_stats`, `observed_data` and `constant_data`; dimensions `item`, `comparison`, `prompt`, `candidate`,
+        `annotator`, `feature`.
+
+        `arviz.loo` of it leaves out one comparison at a time, or with `by="prompt"` one prompt. It takes the draws for
+        draws of the exact posterior: it ignores `log_ratio` in `sample_stats`, which says by how much those of an
+        approximate engine (Laplace, SVI, ImportanceSampling) are not, and weights of comparisons where it leaves those
+        out. `diagnostics.loo` heeds both.
 
         Args:
             data: Comparisons, usually those of the fit.
             num_samples: Number of draws, see `draw`.
             seed: Seed.
             predictive: Whether to draw feedback from the posterior predictive.
+            by: What has a number in `log_likelihood`: each `"comparison"`, or each `"prompt"`, whose comparisons are
+                summed with their weights.
 
         Returns:
             `arviz.InferenceData`, or with ArviZ 1.x an `xarray.DataTree`.
+
+        Raises:
+            ArgumentError: `by` is neither.
+            EngineError: ArviZ is not installed.
         """
         from ._arviz_export import export
 
-        return export(self, self._explained(data), num_samples=num_samples, seed=seed, predictive=predictive)
+        return export(self, self._explained(data), num_samples=num_samples, seed=seed, predictive=predictive, by=by)
 
     def _encoded(self, data: Comparisons) -> tuple[Tensor, Tensor | None]:
         """Features of the items of `data` and, for a projected head, what lies outside its coordinates."""

@@ -13,13 +13,13 @@ class FitReport:
         engine: Name and settings of the engine.
         seed: Seed of the fit.
         seconds: Wall time of the fit.
-        num_rows: Rows of feedback.
-        num_items: Unique items.
-        num_prompts: Unique prompts.
+        num_rows: Rows of feedback; steps of trajectories.
+        num_items: Unique items; distinct states.
+        num_prompts: Unique prompts; trajectories.
         num_parameters: Parameters of the reward function, P.
         num_coordinates: Coordinates the engine worked in, R.
         converged: Whether the optimiser reached its gradient tolerance.
-        gradient_norm: Gradient norm at the end, in whitened coordinates.
+        gradient_norm: Gradient norm at the end, in whitened coordinates; NaN where it was not computed.
         iterations: Optimiser steps.
         log_evidence: Laplace's approximation of log p(feedback), when computed.
         curvature: Which curvature was used (`observed`, `fisher`, `fisher-draws`), when one was.

@@ -102,6 +102,11 @@ class InverseRL:
         """Prior precision of the reward of a step."""
         return self.prior.of("reward")
 
+    @property
+    def has_dynamics(self) -> bool:
+        """Whether the dynamics are known, so that action values follow from rewards."""
+        return isinstance(self.reward, StateReward) and self.reward.dynamics is not None
+
     def __call__(self, steps: Steps, groups: Sequence[FeedbackGroup] = ()) -> Any:
         """Runs the program.
 

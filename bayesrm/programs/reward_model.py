@@ -149,6 +149,11 @@ class RewardModel:
             prefix = f"{comparison.kind}." if isinstance(self.likelihood, Mapping) else ""
             with following(r), shared_latents(values, prefix):
                 distribution = self.likelihood_of(comparison.kind)(r, comparison)
+            if not hasattr(distribution, "batch_shape"):
+                raise LikelihoodError(
+                    f"the likelihood returned a {type(distribution).__name__} for rows of kind '{comparison.kind}'; it "
+                    "must return a distribution over the outcomes, such as `brm.dist.Categorical(logits=...)`"
+                )
             if tuple(distribution.batch_shape) != (comparison.num_rows,):
                 raise LikelihoodError(
                     f"the likelihood returned batch shape {tuple(distribution.batch_shape)} "

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from .._typing import Array
 from ..backend import convert, ops
 from ..data import Trajectories
-from ..errors import ArgumentError
+from ..errors import ArgumentError, DataError
 
 #: Most Newton steps; each gains more than a sweep of value iteration, and the last ones square the error.
 _MOST_STEPS = 100
@@ -26,12 +28,13 @@ class TabularMDP:
     In a terminal state one more action is taken, which ends the episode: its reward counts and nothing after it.
 
     Attributes:
-        transitions: p(s' | s, a), shape `(S, A, S)`; of terminal states it does not count.
+        transitions: p(s' | s, a), shape `(S, A, S)`; of terminal states it does not count. Nested lists become arrays.
         terminal: Whether each state ends the episode, shape `(S,)`; by default none does.
         start: Probability of each state at the start, shape `(S,)`; by default equal for those that are not terminal.
 
     Raises:
-        ArgumentError: Shapes disagree, or probabilities are negative or do not sum to 1.
+        ArgumentError: An argument is no array of numbers, shapes disagree, or probabilities are negative or do not sum
+            to 1.
 
     Example:
         >>> chain = TabularMDP(np.eye(3)[[[0, 1], [0, 2], [2, 2]]], terminal=np.array([False, False, True]))
@@ -39,32 +42,72 @@ class TabularMDP:
         tensor([0.2502, 0.5003, 1.0000])
     """
 
-    transitions: NDArray[np.float64]
-    terminal: NDArray[np.bool_] | None = None
-    start: NDArray[np.float64] | None = None
+    transitions: Any
+    terminal: Any = None
+    start: Any = None
 
     def __post_init__(self) -> None:
-        shape = np.shape(self.transitions)
+        transitions = _array("transitions", self.transitions, "(S, A, S)")
+        shape = transitions.shape
         if len(shape) != 3 or shape[0] != shape[2] or shape[1] < 2:
             raise ArgumentError(f"`transitions` has shape {shape}; it is (S, A, S), with at least 2 actions")
-        terminal = np.zeros(shape[0], dtype=bool) if self.terminal is None else np.asarray(self.terminal)
+        given = np.zeros(shape[0], dtype=bool) if self.terminal is None else self.terminal
+        terminal = _array("terminal", given, "(S,)", None)
         if terminal.shape != shape[:1] or terminal.dtype != np.bool_:
             raise ArgumentError(
-                f"`terminal` has shape {terminal.shape} and dtype {terminal.dtype}; it is ({shape[0]},)"
+                f"`terminal` has shape {terminal.shape} and dtype {terminal.dtype}; it holds True or False, shape "
+                f"({shape[0]},)"
             )
         if terminal.all():
             raise ArgumentError("`terminal` names every state; at least one has to go on")
-        start = ~terminal / (~terminal).sum() if self.start is None else np.asarray(self.start, dtype=np.float64)
-        for name, found, expected in (
-            ("transitions", self.transitions[~terminal], (int((~terminal).sum()), *shape[1:])),
-            ("start", start, shape[:1]),
-        ):
-            if found.shape != expected or bool((found < 0).any()) or not np.allclose(found.sum(-1), 1.0, atol=1e-8):
-                raise ArgumentError(f"`{name}` must be probabilities of {shape[0]} states that sum to 1")
+        start = ~terminal / (~terminal).sum() if self.start is None else _array("start", self.start, "(S,)")
+        if start.shape != shape[:1]:
+            raise ArgumentError(f"`start` has shape {start.shape}; it is ({shape[0]},)")
+        going = np.where(terminal[:, None, None], 1.0 / shape[0], transitions)
+        for name, found in (("transitions", going), ("start", start)):
+            # A number that is none compares false.
+            wrong = ~((found >= 0).all(-1) & (np.abs(found.sum(-1) - 1.0) <= 1e-8))
+            if wrong.any():
+                place = f"[{', '.join(map(str, np.argwhere(wrong)[0]))}]" if name == "transitions" else ""
+                row = found[wrong][0] if name == "transitions" else found
+                raise ArgumentError(
+                    f"`{name}` must be probabilities of {shape[0]} states that sum to 1; `{name}{place}` is "
+                    f"{np.array2string(row, threshold=6, precision=4)}"
+                )
         # What follows a terminal state is worth nothing: no way leads out of it.
-        onward = np.where(terminal[:, None, None], 0.0, np.asarray(self.transitions, dtype=np.float64))
+        onward = np.where(terminal[:, None, None], 0.0, transitions)
         for name, value in (("transitions", onward), ("terminal", terminal), ("start", start)):
             object.__setattr__(self, name, value)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TabularMDP":
+        """Reads what `save` wrote, or another `.npz` file with `transitions` and, if you like, `terminal` and `start`.
+
+        Raises:
+            DataError: The file is missing or damaged, or holds other arrays.
+            ArgumentError: The arrays do not fit together.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {name: file[name] for name in file.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+            raise DataError(f"it is no .npz file of arrays ({error})", source=str(path)) from None
+        if "transitions" not in found or not set(found) <= {"transitions", "terminal", "start"}:
+            raise DataError(
+                f"it holds {sorted(found)}; accepted are `transitions`, and `terminal` and `start` if you like",
+                source=str(path),
+            )
+        return cls(**found)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the arrays to a `.npz` file.
+
+        Raises:
+            ArgumentError: The path does not end in `.npz`.
+        """
+        if Path(path).suffix != ".npz":
+            raise ArgumentError(f"`path` is {str(path)!r}; it must end in .npz")
+        np.savez(path, transitions=self.transitions, terminal=self.terminal, start=self.start)
 
     @property
     def num_states(self) -> int:
@@ -142,12 +185,7 @@ class TabularMDP:
         by_action = rewards[:, None] if rewards.ndim == 1 else rewards
         moves = np.einsum("sa,sat->st", policy, self.transitions)
         values = np.linalg.solve(np.eye(self.num_states) - discount * moves, (policy * by_action).sum(1))
-        return float(self._start @ values)
-
-    @property
-    def _start(self) -> NDArray[np.float64]:
-        assert self.start is not None
-        return self.start
+        return float(self.start @ values)
 
     def demonstrate(
         self,
@@ -169,7 +207,6 @@ class TabularMDP:
         """
         policy = np.asarray(self.policy(torch.as_tensor(rewards).double(), discount=discount, rationality=rationality))
         rng = np.random.default_rng(seed)
-        assert self.terminal is not None
 
         def draw(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
             below = rng.random((len(probabilities), 1)) > np.cumsum(probabilities, axis=1)
@@ -177,7 +214,7 @@ class TabularMDP:
             places: NDArray[np.int64] = np.minimum(below.sum(1), probabilities.shape[1] - 1)
             return places
 
-        state = draw(np.broadcast_to(self._start, (num_trajectories, self.num_states)))
+        state = draw(np.broadcast_to(self.start, (num_trajectories, self.num_states)))
         going = np.ones(num_trajectories, dtype=bool)
         states: list[list[int]] = [[] for _ in range(num_trajectories)]
         actions: list[list[int]] = [[] for _ in range(num_trajectories)]
@@ -191,8 +228,15 @@ class TabularMDP:
             going &= ~ended
             if not going.any():
                 break
-            state = np.where(going, draw(np.where(going[:, None], self.transitions[state, action], self._start)), state)
+            state = np.where(going, draw(np.where(going[:, None], self.transitions[state, action], self.start)), state)
         return Trajectories.from_arrays(states, actions, ended=ended)
+
+
+def _array(name: str, value: Any, shape: str, dtype: Any = np.float64) -> NDArray[Any]:
+    try:
+        return np.asarray(value, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"`{name}` cannot be read as an array ({error}); give numbers of shape {shape}") from None
 
 
 class _Torch:

@@ -77,7 +77,7 @@ def test_the_file_waits_for_one_column(run_folder, pool, tmp_path, capsys):
     labelled = brm.Comparisons.load([row | {"winner": "tie"} for row in rows])
     assert len(labelled) == 4
     assert labelled.kinds == ("choice",)
-    assert main(["acquire", run_folder, pool, "-n", "4", "-o", str(output)]) == 1
+    assert main(["acquire", run_folder, pool, "-n", "4", "-o", str(output)]) == 2
     assert "exists; pass --overwrite" in capsys.readouterr().err
 
 
@@ -117,7 +117,7 @@ def test_labelled_comparisons_are_not_chosen_again(run_folder, pool, write, caps
     rest = chosen(capsys, run_folder, pool, "-n", "8", "--labelled", labelled)
     every = [(line["row"], *line["indices"]) for line in first + rest]
     assert len(every) == len(set(every)) == 20
-    assert main(["acquire", run_folder, pool, "-n", "9", "--labelled", labelled]) == 1
+    assert main(["acquire", run_folder, pool, "-n", "9", "--labelled", labelled]) == 2
     assert "`-n` is 9, and 8 comparisons of" in capsys.readouterr().err
 
 
@@ -157,7 +157,7 @@ def test_who_will_answer(decided, encoder, pool, tmp_path, capsys):
     ],
 )
 def test_settings_that_do_not_fit(flags, reason, run_folder, pool, capsys):
-    assert main(["acquire", run_folder, pool, *flags]) == 1
+    assert main(["acquire", run_folder, pool, *flags]) == 2
     assert reason in capsys.readouterr().err
 
 

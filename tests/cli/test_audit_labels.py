@@ -68,7 +68,7 @@ def test_ranked_table_and_files(noisy, tmp_path, capsys):
     kept = brm.Comparisons.load(str(clean))
     assert len(kept) == 11
     assert "q5 ?" not in [kept.text(i)[0] for i in range(kept.num_items)]
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert "exists; pass --overwrite" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -87,7 +87,7 @@ def test_raters(rated, capsys):
 
 def test_program_without_noise_needs_a_rate(plain, capsys):
     run, data = plain
-    assert main(["audit-labels", run, data]) == 1
+    assert main(["audit-labels", run, data]) == 2
     assert "give `flip_rate`" in capsys.readouterr().err
     assert main(["audit-labels", run, data, "--flip-rate", "0.1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -101,13 +101,13 @@ def test_other_data_and_bad_arguments(noisy, write, tmp_path, capsys):
     other = write("other.jsonl", ROWS[:3])
     assert main(["audit-labels", run, other]) == 0
     assert "not the data of the fit" in capsys.readouterr().out
-    assert main(["audit-labels", run, other, "--clean", str(tmp_path / "clean.jsonl")]) == 1
+    assert main(["audit-labels", run, other, "--clean", str(tmp_path / "clean.jsonl")]) == 2
     assert "`--clean` is" in capsys.readouterr().err
-    assert main(["audit-labels", run, other, "--limit", "-1"]) == 1
+    assert main(["audit-labels", run, other, "--limit", "-1"]) == 2
     assert "`--limit` is -1" in capsys.readouterr().err
-    assert main(["audit-labels", run, other, "--threshold", "7"]) == 1
+    assert main(["audit-labels", run, other, "--threshold", "7"]) == 2
     assert "`--threshold` is 7.0; a probability" in capsys.readouterr().err
     clean = tmp_path / "clean.parquet"
-    assert main(["audit-labels", run, other, "--clean", str(clean), "--threshold", "0"]) == 1
+    assert main(["audit-labels", run, other, "--clean", str(clean), "--threshold", "0"]) == 2
     assert "all 3 answers" in capsys.readouterr().err
     assert not clean.exists()

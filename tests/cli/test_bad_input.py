@@ -1,4 +1,4 @@
-"""What users get wrong: exit code 1, one line that names the file or the row, and nothing half-written."""
+"""What users get wrong: exit code 1 (data, runs) or 2 (calls), one line with the reason, and nothing half-written."""
 
 import shutil
 
@@ -10,10 +10,10 @@ from bayesrm.cli import main
 GOOD = {"prompt": "q1 ?", "chosen": "clear", "rejected": "rude"}
 
 
-def fails(arguments, tmp_path, capsys):
+def fails(arguments, tmp_path, capsys, code=1):
     """Runs a command that must fail; returns its message."""
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    assert main([*arguments, "--json"]) == 1
+    assert main([*arguments, "--json"]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
@@ -91,7 +91,7 @@ def test_absent_file(command, tmp_path, capsys):
 )
 def test_flag_values(flags, reason, encoder, pairs, tmp_path, capsys):
     arguments = ["fit", "davidson", "map", pairs, "-o", str(tmp_path / "run"), "--program.encoder", encoder]
-    assert reason in fails([*arguments, *flags], tmp_path, capsys)
+    assert reason in fails([*arguments, *flags], tmp_path, capsys, code=2)
 
 
 def test_prompt_longer_than_the_context(encoder, write, tmp_path, capsys):

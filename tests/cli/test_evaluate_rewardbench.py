@@ -125,7 +125,7 @@ def test_settings(run_folder, write, capsys):
     )
     assert found["overall"] == numbers(expected.overall)
     assert found["subsets"][0]["confidence"] == expected.subsets[0].confidence
-    assert main(["evaluate", "rewardbench", run_folder, path, "--k", "4"]) == 1
+    assert main(["evaluate", "rewardbench", run_folder, path, "--k", "4"]) == 2
     assert "`--k` is 4.0, but the rule is mean" in capsys.readouterr().err
     # Every rule that needs the belief alone; one that draws takes the command's seed.
     assert main(["evaluate", "rewardbench", run_folder, path, "--rule", "thompson", "--seed", "3", "--json"]) == 0
@@ -146,12 +146,12 @@ def test_bad_rows_and_files(run_folder, write, tmp_path, capsys):
     assert not output.exists()
     assert main([*command, "--on-bad-row", "skip"]) == 0
     assert "1 rows refused; the first is row 4: `chosen` is empty" in capsys.readouterr().out
-    assert main(command) == 1
+    assert main(command) == 2
     assert "exists; pass --overwrite" in capsys.readouterr().err
     mine = write("mine.jsonl", [{**rows_1(1)[0], "subset": "mine"}])
     assert main(["evaluate", "rewardbench", run_folder, mine]) == 1
     assert "none of the subsets ['mine'] belongs to a section" in capsys.readouterr().err
-    assert main(["evaluate", "rewardbench", run_folder, path, "-o", "found.txt"]) == 1
+    assert main(["evaluate", "rewardbench", run_folder, path, "-o", "found.txt"]) == 2
     assert "its name must end in .json" in capsys.readouterr().err
 
 

@@ -1,11 +1,13 @@
 import json
 import os
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 import bayesrm as brm
+from bayesrm import _ready_files
 from bayesrm._ready_files import names
 from bayesrm.cli import main
 
@@ -148,7 +150,7 @@ def test_existing_run_is_refused_before_work_and_replaced_on_request(encoder, pa
     before = (tmp_path / "run" / "manifest.json").read_bytes()
     capsys.readouterr()
     # The data do not exist either; that the folder is named shows that it is looked at first.
-    assert main(["fit", "davidson", "map", "absent.jsonl", "-o", run]) == 1
+    assert main(["fit", "davidson", "map", "absent.jsonl", "-o", run]) == 2
     assert f"{run} holds a saved posterior; pass --overwrite" in capsys.readouterr().err
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before
     assert main([*arguments, "--overwrite", "--program.precision", "7"]) == 0
@@ -159,11 +161,11 @@ def test_existing_run_is_refused_before_work_and_replaced_on_request(encoder, pa
 def test_other_outputs_in_the_way_are_refused(pairs, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    assert main(["fit", "davidson", "map", pairs, "-o", str(tmp_path / "mine"), "--overwrite"]) == 1
+    assert main(["fit", "davidson", "map", pairs, "-o", str(tmp_path / "mine"), "--overwrite"]) == 2
     assert "is not a saved posterior" in capsys.readouterr().err
-    assert main(["fit", "davidson", "map", pairs, "-o", pairs, "--overwrite"]) == 1
+    assert main(["fit", "davidson", "map", pairs, "-o", pairs, "--overwrite"]) == 2
     assert "is a file" in capsys.readouterr().err
-    assert main(["fit", "davidson", "map", pairs, "-o", f"{pairs}/run"]) == 1
+    assert main(["fit", "davidson", "map", pairs, "-o", f"{pairs}/run"]) == 2
     assert "is not a folder that can be written to" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
@@ -205,10 +207,95 @@ def test_program_and_engine_of_ones_own(encoder, pairs, tmp_path, capsys, monkey
     assert list(record["latents"]) == ["tie_share"]
     # As a later process would see it: the file that registers the likelihood has not been run.
     monkeypatch.delitem(base._REGISTRY, "ties-of-a-test")
-    assert main(["predict", run, pairs]) == 1
+    assert main(["predict", run, pairs]) == 2
     assert "pass --program with the file that registers it" in capsys.readouterr().err
     assert main(["predict", run, pairs, "--program", str(program), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["data"]["rows"] == 12
+
+
+def test_a_likelihood_that_is_registered_nowhere(encoder, pairs, candidates, write, tmp_path, capsys):
+    program, run = tmp_path / "own.py", str(tmp_path / "run")
+    program.write_text(OWN.replace('@brm.likelihoods.register("ties-of-a-test")\n', ""))
+    flags = ["--program.encoder", encoder, "--program.precision", "3", "--engine.prior_precision", "given"]
+    fit = ["fit", str(program), "laplace_full", pairs, "-o", run, *flags]
+    assert main(fit) == 0
+    assert f"pass --program {program} to commands that read {run}\n" in capsys.readouterr().out
+    assert main([*fit, "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["needs_program"] == str(program)
+    page, gold = str(tmp_path / "r.html"), [{"prompt": f"q{i} ?", "responses": ["clear", "rude"]} for i in (1, 2)]
+    commands = [
+        ["predict", run, pairs],
+        ["select", run, candidates],
+        ["report", run, pairs, "-o", page],
+        ["acquire", run, candidates, "-n", "1"],
+        ["evaluate", "best-of-n", run, write("gold.jsonl", [row | {"gold": [1.0, 0.0]} for row in gold])],
+    ]
+    for command in commands:
+        assert main([*command, "--json"]) == 2
+        assert f"pass --program with the file of its program (it was fitted from {program})" in capsys.readouterr().err
+        assert main([*command, "--program", str(program), "--json"]) == 0
+        captured = capsys.readouterr()
+        assert "has changed" not in captured.err
+        if command[0] == "predict":
+            found = json.loads(captured.out)["metrics"]
+    # What the library predicts with the likelihood and the settings of the fit.
+    module = _ready_files.load_module(program)
+    posterior = brm.Posterior.from_pretrained(run, likelihood=module.constant_ties)
+    assert posterior.program.prior.precision == 3.0
+    assert found["nll"]["value"] == pytest.approx(posterior.predict_feedback(brm.Comparisons.load(pairs)).nll, rel=1e-9)
+    program.write_text(program.read_text().replace("Beta(1.0, 4.0)", "Beta(1.0, 5.0)"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["predict", run, pairs, "--program", str(program)]) == 0
+    told = capsys.readouterr().err
+    assert told.count("the source of likelihood 'constant_ties' has changed since the posterior in") == 1
+
+
+WRAPPED = """
+import dataclasses
+import bayesrm as brm
+
+@dataclasses.dataclass(frozen=True)
+class Hard:
+    scale: float = 1.0
+    limits: tuple[float, ...] = (1.0, float("inf"))
+
+    def __call__(self, rewards, comparison):
+        return brm.likelihoods.BradleyTerry()(self.scale * rewards, comparison)
+
+def build(scale: float = 1.0, **head):
+    return brm.RewardModel(brm.rewards.text_head(**head), {"choice": brm.likelihoods.LabelNoise(Hard(scale))})
+"""
+
+
+def test_a_likelihood_of_ones_own_inside_others(encoder, decided, tmp_path, capsys):
+    program, run = tmp_path / "own.py", tmp_path / "run"
+    program.write_text(WRAPPED)
+    flags = ["--program.encoder", encoder, "--program.scale", "0.5", "--engine.prior_precision", "given"]
+    assert main(["fit", str(program), "map", decided, "-o", str(run), *flags]) == 0
+    predict = ["predict", str(run), decided, "--program", str(program), "--json"]
+    capsys.readouterr()
+    assert main(predict) == 0
+    assert "has changed" not in capsys.readouterr().err
+    wrong = {
+        "(self.scale * rewards": ("(2.0 * self.scale * rewards", "likelihood 'Hard' has changed", 0),
+        "LabelNoise(Hard(scale))": ("LabelNoise(Hard(2 * scale))", "Hard has the settings {'scale': 1.0", 2),
+        "LabelNoise(Hard": ("LengthBias(Hard", "the one is length_bias, the other label_noise", 2),
+        '{"choice"': ('{"rating"', "they describe other kinds of feedback", 2),
+        "def build": ("def make", "defines no function `build`", 2),
+        "scale: float = 1.0, **head": ("factor: float, **head", "cannot be called with the settings of", 2),
+    }
+    for text, (other, message, code) in wrong.items():
+        program.write_text(WRAPPED.replace(text, other))
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            assert main(predict) == code
+        assert message in capsys.readouterr().err
+    # A run that Python saved does not hold the settings.
+    (run / "program.json").unlink()
+    program.write_text(WRAPPED.replace("scale: float = 1.0, **head", "scale: float, **head"))
+    assert main(predict) == 2
+    assert "the run does not hold them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -223,7 +310,7 @@ def test_program_and_engine_of_ones_own(encoder, pairs, tmp_path, capsys, monkey
 def test_program_file_that_cannot_be_used(text, reason, tmp_path, capsys):
     program = tmp_path / "own.py"
     program.write_text(text)
-    assert main(["fit", str(program), "map", "x.jsonl", "-o", str(tmp_path / "run")]) == 1
+    assert main(["fit", str(program), "map", "x.jsonl", "-o", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert str(program) in error
     assert reason in error

@@ -89,7 +89,7 @@ def test_every_command_has_help(command, capsys):
 
 def test_error_is_one_line_without_traceback_in_a_process_of_its_own(tmp_path):
     result = run_python("-m", "bayesrm", "fit", "nonsense", "map", "x.jsonl", "-o", str(tmp_path / "run"), "--json")
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: there is no program `nonsense`; it is one of approval, ava, avril, ")
     assert result.stderr.count("\n") == 1
 
@@ -110,7 +110,7 @@ def test_demo_is_called_with_its_settings(monkeypatch, tmp_path, capsys):
 def test_what_a_program_prints_stays_off_stdout(tmp_path, write, capsys):
     program = tmp_path / "loud.py"
     program.write_text("print('loud import')\ndef build():\n    print('loud build')\n    return 1\n")
-    assert main(["fit", str(program), "map", "x.jsonl", "-o", str(tmp_path / "run"), "--json"]) == 1
+    assert main(["fit", str(program), "map", "x.jsonl", "-o", str(tmp_path / "run"), "--json"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "loud import\nloud build\n" in captured.err

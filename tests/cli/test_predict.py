@@ -93,7 +93,7 @@ def test_candidates_to_a_file_with_a_bad_row_skipped(run_folder, write, tmp_path
 def test_existing_file_is_refused_and_replaced_on_request(run_folder, pairs, tmp_path, capsys):
     output = tmp_path / "out.jsonl"
     output.write_text("precious")
-    assert main(["predict", run_folder, pairs, "-o", str(output)]) == 1
+    assert main(["predict", run_folder, pairs, "-o", str(output)]) == 2
     assert "exists; pass --overwrite" in capsys.readouterr().err
     assert output.read_text() == "precious"
     assert main(["predict", run_folder, pairs, "-o", str(output), "--overwrite"]) == 0
@@ -101,7 +101,7 @@ def test_existing_file_is_refused_and_replaced_on_request(run_folder, pairs, tmp
 
 
 def test_output_must_be_json_lines(run_folder, pairs, tmp_path, capsys):
-    assert main(["predict", run_folder, pairs, "-o", str(tmp_path / "out.csv")]) == 1
+    assert main(["predict", run_folder, pairs, "-o", str(tmp_path / "out.csv")]) == 2
     assert "must end in .jsonl" in capsys.readouterr().err
 
 
@@ -109,7 +109,7 @@ def test_texts_for_a_posterior_of_features(candidates, tmp_path, capsys):
     data = brm.Comparisons.from_arrays(np.eye(3), candidates=[[0, 1], [1, 2]], outcome=[0, 0])
     model = brm.RewardModel(brm.rewards.Linear(), brm.likelihoods.BradleyTerry())
     brm.fit(model, data).save_pretrained(tmp_path / "run")
-    assert main(["predict", str(tmp_path / "run"), candidates]) == 1
+    assert main(["predict", str(tmp_path / "run"), candidates]) == 2
     assert "fitted on precomputed features" in capsys.readouterr().err
 
 

@@ -35,9 +35,9 @@ def test_for_a_person(run_folder, pairs, tmp_path, capsys):
     assert out.endswith(f"written to {tmp_path / 'r.html'}\n")
 
 
-def fails(arguments, tmp_path, capsys):
+def fails(arguments, tmp_path, capsys, code=1):
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    assert main([*arguments, "--json"]) == 1
+    assert main([*arguments, "--json"]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
@@ -46,7 +46,8 @@ def fails(arguments, tmp_path, capsys):
 
 def test_bad_input(run_folder, pairs, write, tmp_path, capsys):
     output = str(tmp_path / "r.html")
-    assert "its name must end in .html" in fails(["report", run_folder, pairs, "-o", output[:-1]], tmp_path, capsys)
+    wrong = fails(["report", run_folder, pairs, "-o", output[:-1]], tmp_path, capsys, code=2)
+    assert "its name must end in .html" in wrong
     absent = str(tmp_path / "absent.jsonl")
     assert f"{absent}: there is no such file" in fails(["report", run_folder, absent, "-o", output], tmp_path, capsys)
     for flag in ("--ood", "--train"):
@@ -61,7 +62,7 @@ def test_bad_input(run_folder, pairs, write, tmp_path, capsys):
 def test_an_existing_file_is_refused_and_replaced_on_request(run_folder, pairs, tmp_path, capsys):
     output = tmp_path / "r.html"
     output.write_text("precious")
-    assert "pass --overwrite" in fails(["report", run_folder, pairs, "-o", str(output)], tmp_path, capsys)
+    assert "pass --overwrite" in fails(["report", run_folder, pairs, "-o", str(output)], tmp_path, capsys, code=2)
     assert output.read_text() == "precious"
     assert main(["report", run_folder, pairs, "-o", str(output), "--overwrite"]) == 0
     assert output.read_text(encoding="utf-8").startswith("<!doctype html>")

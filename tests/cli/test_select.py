@@ -63,7 +63,7 @@ def test_file_and_text(run_folder, candidates, tmp_path, capsys):
     ],
 )
 def test_settings_that_do_not_fit_the_rule(flags, reason, run_folder, candidates, capsys):
-    assert main(["select", run_folder, candidates, *flags]) == 1
+    assert main(["select", run_folder, candidates, *flags]) == 2
     assert reason in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
 """Credit of tokens: numbers by quadrature and by draws, and the page parsed back into its text."""
 
 import html.parser
+import inspect
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import scipy.stats
 import torch
 
+from bayesrm.beliefs import RewardBelief
 from bayesrm.diagnostics import Credit, credit, credit_html, credit_table, save_credit_html
 from bayesrm.diagnostics._credit_html import _NEGATIVE, _POSITIVE, _colour
 from bayesrm.errors import ArgumentError, PersistenceError
@@ -223,6 +225,16 @@ def test_what_does_not_fit_is_refused():
         credit_html(b, rows=[4])
     with pytest.raises(ArgumentError, match="there is no response -1"):
         credit_table(b, -1)
+    # Checks of types at run time, which tests turn on, would come first.
+    page, of = inspect.unwrap(credit_html), inspect.unwrap(credit)
+    for rows, message in ((0, "`rows` is 0; give a list of responses, such as"), ("0", "`rows` is '0'"),
+                          ([1.5], r"there is no response 1\.5"), ([True], "there is no response True")):  # fmt: skip
+        with pytest.raises(ArgumentError, match=message):
+            page(b, rows)
+    rewards = RewardBelief(torch.zeros(1, 2), torch.zeros(1, 2, 1))
+    for wrong, name in ((rewards, "RewardBelief"), ("text", "str")):
+        with pytest.raises(ArgumentError, match=f"`belief` is of type {name}; give a TokenBelief"):
+            of(wrong)
     with pytest.raises(ArgumentError, match="`prompts` has 2 entries for 4"):
         credit_html(b, prompts=["a", "b"])
     with pytest.raises(ArgumentError, match=r"`scale` is 0\.0"):

@@ -251,6 +251,23 @@ def test_calibration_tells_an_honest_posterior_from_an_overconfident_one():
     assert "over-confident" in boastful.verdict
 
 
+@pytest.mark.parametrize(("stated", "told"), [(0.95, False), (0.6, True)])
+def test_answers_that_are_all_right_are_told_only_where_that_is_improbable(monkeypatch, stated, told):
+    """One answer in each of 20 prompts, all right: stated 95% it happens in 36% of cases, 60% in one of 27,000."""
+    model, train, test = make(40, seed=1)
+    posterior = brm.fit(model, train, inference=brm.Laplace())
+    evidence = gather(posterior, test, seed=0)
+    rows = np.unique(evidence.prompt, return_index=True)[1]
+    assert len(rows) == 20
+    monkeypatch.setattr(
+        "bayesrm.diagnostics._report._calibration.top_choice", lambda _: (np.full(20, stated), np.ones(20), rows)
+    )
+    found = calibration(evidence, seed=0)
+    assert ("under-confident by 40 points" in found.verdict) == told
+    assert ("no miscalibration shows" in found.verdict) != told
+    assert "right in 100% [84%, 100%]" in found.verdict
+
+
 def test_predictive_checks_notice_ties_that_the_likelihood_cannot_draw():
     model, train, test = make(120, brm.likelihoods.Davidson(), tie_weight=torch.tensor(0.5))
     posterior = brm.fit(model, train, inference=brm.Laplace())

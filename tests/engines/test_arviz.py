@@ -12,7 +12,7 @@ import bayesrm as brm
 from bayesrm import _arviz
 from bayesrm.engines.draws_posterior import DrawsPosterior
 from bayesrm.engines.nuts import NUTS
-from bayesrm.errors import EngineError
+from bayesrm.errors import ArgumentError, EngineError
 
 L = brm.likelihoods
 
@@ -245,6 +245,83 @@ def test_nuts():
     assert idata.posterior["reward"].shape == (2, 500, 20)
     assert {"diverging", "energy", "n_steps", "acceptance_rate"} <= set(idata.sample_stats.data_vars)
     assert (az.summary(idata)["r_hat"] < 1.05).all()
+
+
+def test_by_prompt(sampled):
+    model, data = mixed()
+    posterior = fit(model, data)
+    rows = posterior.to_arviz(data, num_samples=20, predictive=False)
+    idata = posterior.to_arviz(data, num_samples=20, predictive=False, by="prompt")
+    found = idata.log_likelihood["feedback"]
+    assert found.dims == ("chain", "draw", "prompt")
+    prompts, weight = np.asarray(data.prompt_of_row), idata.constant_data["weight"].values
+    per_row = rows.log_likelihood["feedback"]
+    counted = per_row["comparison"].values
+    every = np.unique(prompts[counted])
+    assert found["prompt"].values.tolist() == every.tolist()
+    assert len(every) < len(counted)
+    for i, prompt in enumerate(every):
+        mine = prompts[counted] == prompt
+        expected = (per_row.values[..., mine] * weight[counted][mine]).sum(-1)
+        np.testing.assert_allclose(found.values[..., i], expected, atol=1e-12)
+    for tree in (rows, idata):
+        total = tree.constant_data["weight_of_prompt"]
+        assert total.dims == ("prompt",)
+        np.testing.assert_array_equal(total.values, [weight[prompts == i].sum() for i in range(data.num_prompts)])
+    # A prompt whose rows all have weight 0 is no unit.
+    alone = brm.Comparisons.from_arrays(
+        np.eye(6), candidates=[[0, 1], [2, 3], [4, 5]], outcome=[0, 1, 0], weight=[1.0, 0.0, 1.0],
+        prompt_index=[0, 0, 1, 1, 2, 2],
+    )  # fmt: skip
+    masked = fit(brm.RewardModel(brm.rewards.Linear(), L.BradleyTerry()), alone).to_arviz(alone, by="prompt")
+    assert masked.log_likelihood["prompt"].values.tolist() == [0, 2]
+    assert masked.constant_data["weight_of_prompt"].values.tolist() == [1.0, 0.0, 1.0]
+    with pytest.raises(ArgumentError, match="`by` is 'item'"):
+        posterior.to_arviz(data, by="item")
+
+
+def several_rows_a_prompt():
+    rng = np.random.default_rng(1)
+    return brm.Comparisons.from_arrays(
+        0.2 * rng.normal(size=(60, 2)), candidates=np.arange(60).reshape(30, 2), outcome=rng.integers(0, 2, 30),
+        weight=rng.choice([0.5, 1.0, 2.0], 30), prompt_index=np.repeat(np.arange(15), 4),
+    )  # fmt: skip
+
+
+def test_loo_by_prompt_is_ours():
+    # Independent draws without log ratios: both smooth the same weights, with a relative efficiency of 1.
+    data = several_rows_a_prompt()
+    model = brm.RewardModel(brm.rewards.Linear(), L.BradleyTerry())
+    laplace = fit(model, data)
+    x, _ = laplace.coordinate_draws(1000, torch.Generator().manual_seed(0))
+    size = laplace._whitening.size
+    posterior = DrawsPosterior(
+        model, laplace.schema, laplace.report, laplace._expansion, laplace._whitening, x[:, :size], x[:, size:]
+    )
+    ours = brm.diagnostics.loo(posterior, data, num_samples=1000)
+    theirs = az.loo(posterior.to_arviz(data, by="prompt"), pointwise=True, reff=1.0)
+    assert theirs.n_data_points == 15
+    np.testing.assert_allclose(np.asarray(theirs.elpd_i if _arviz.is_tree() else theirs.loo_i), ours.pointwise)
+    by_row = az.loo(posterior.to_arviz(data), reff=1.0)
+    assert by_row.n_data_points == 30
+    # Of an approximate engine ours follows the log ratios, which ArviZ ignores.
+    ratios = brm.diagnostics.loo(laplace, data, num_samples=1000)
+    ignored = az.loo(laplace.to_arviz(data, by="prompt"), pointwise=True, reff=1.0)
+    assert abs(float(ignored.elpd if _arviz.is_tree() else ignored.elpd_loo) - ratios.elpd) > 1e-6
+
+
+@pytest.mark.slow
+def test_loo_by_prompt_of_chains():
+    data = several_rows_a_prompt()
+    model = brm.RewardModel(brm.rewards.Linear(), L.BradleyTerry())
+    posterior = brm.fit(model, data, inference=NUTS(num_chains=2, num_warmup=200, num_samples=500))
+    ours = brm.diagnostics.loo(posterior, data)
+    theirs = az.loo(posterior.to_arviz(data, by="prompt"), pointwise=True)
+    found = np.asarray(theirs.elpd_i if _arviz.is_tree() else theirs.loo_i)
+    # The same draws; ArviZ has one relative efficiency for all, which moves only how many weights are smoothed.
+    assert (np.abs(found - ours.pointwise.numpy()) < 0.5 * ours.mcse.numpy()).all()
+    # Leaving out rows instead is another question.
+    assert abs(float(az.loo(posterior.to_arviz(data)).elpd_loo) - ours.elpd) > 0.1
 
 
 # ArviZ 0.23 calls Matplotlib in a way that 3.11 deprecates.

@@ -244,9 +244,10 @@ def test_latents_of_the_likelihood_are_points():
     likelihood = brm.likelihoods.LabelNoise(brm.likelihoods.BradleyTerry())
     engine = AVRIL(num_steps=50, learning_rate=0.05)
     posterior = brm.fit(InverseRL(StateReward(2, 2, ()), likelihood), data, inference=engine)
-    ((name, value),) = posterior.latents.items()
-    assert len(value) == 1
-    assert 0.0 < float(value) < 1.0, name
+    ((name, value),) = posterior.latents(3).items()
+    assert value.shape == (3,)
+    assert len(value.unique()) == 1
+    assert 0.0 < float(value[0]) < 1.0, name
 
 
 @pytest.fixture(scope="module", params=["numbers", "features"])

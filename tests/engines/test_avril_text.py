@@ -380,7 +380,7 @@ def test_what_is_refused(gpt2):
     comparisons = brm.Comparisons.load(ROWS)
     with pytest.raises(DataError, match="InverseRL explains Comparisons or Demonstrations"):
         brm.fit(program(gpt2), brm.Corrections.load([{"prompt": "a", "response": "b", "corrected": "c"}]))
-    with pytest.raises(EngineError, match=r"Laplace cannot serve a InverseRL; use AVRIL\(\)"):
+    with pytest.raises(EngineError, match=r"Laplace cannot serve an InverseRL; use AVRIL\(\)$"):
         brm.fit(program(gpt2), comparisons, inference=brm.Laplace())
     with pytest.raises(EngineError, match=r"AVRIL cannot serve a RewardModel"):
         brm.fit(brm.RewardModel(brm.rewards.Linear(), brm.likelihoods.BradleyTerry()), comparisons, inference=AVRIL())

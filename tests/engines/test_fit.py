@@ -132,6 +132,11 @@ def test_annotators_are_matched_by_name():
         ({"candidates": []}, brm.errors.ArgumentError, "empty"),
         ({"candidates": [np.zeros((0, 4))]}, brm.errors.ArgumentError, "at least one candidate"),
         ({"candidates": [np.zeros((2, 5))]}, brm.errors.ArgumentError, r"fitted on \(items, 4\)"),
+        (
+            {"candidates": [np.zeros((2, 4)), np.zeros((2, 3))]},
+            brm.errors.ArgumentError,
+            r"candidates\[1\]` has shape \(2, 3\)",
+        ),
         ({"candidates": [np.full((2, 4), np.nan)]}, brm.errors.DataError, "item 0 are not finite"),
         ({"prompts": ["a", "b"], "candidates": [np.zeros((2, 4))]}, brm.errors.ArgumentError, "2 prompts"),
         ({"candidates": [["text"]]}, brm.errors.ArgumentError, "`prompts` is missing"),

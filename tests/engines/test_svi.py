@@ -146,6 +146,40 @@ def test_too_few_steps_are_told():
     assert len(posterior) == 10
 
 
+@pytest.mark.slow
+def test_a_network_has_settled_when_longer_runs_do_not_rise():
+    rng = np.random.default_rng(0)
+    design = brm.Comparisons.from_arrays(
+        rng.normal(size=(400, 3)), candidates=np.arange(400).reshape(200, 2), outcome=np.zeros(200, int)
+    )
+    model = brm.RewardModel(brm.rewards.MLP(hidden=(8,)), L.BradleyTerry())
+    data = model.simulate(design, seed=2).data
+
+    def fit(num_steps):
+        return brm.fit(model, data, inference=brm.SVI(num_steps=num_steps, num_samples=10)).report
+
+    # Some 0.8 nats are left after 400 steps, though the gradient is small in units of the guide's spread.
+    with pytest.warns(ConvergenceWarning, match="after 400 steps, while 100 more raise the bound by"):
+        short = fit(400)
+    long = fit(1500)
+    assert (short.converged, long.converged) == (False, True)
+    error = np.hypot(short.diagnostics["elbo_std_error"], long.diagnostics["elbo_std_error"])
+    assert long.diagnostics["elbo"] - short.diagnostics["elbo"] > 1.96 * error
+
+
+def test_the_judgement_of_a_network_leaves_the_fit_alone(monkeypatch):
+    model = brm.RewardModel(brm.rewards.MLP(hidden=(3,)), L.BradleyTerry())
+    data = model.simulate(make_data(rows=20, num_features=2), seed=0).data
+    engine = brm.SVI(num_steps=20, num_samples=10)
+    with pytest.warns(ConvergenceWarning):
+        judged = brm.fit(model, data, inference=engine)
+    monkeypatch.setattr(brm.SVI, "_rises_no_more", lambda *_: True)
+    trusted = brm.fit(model, data, inference=engine)
+    assert (judged.report.converged, trusted.report.converged) == (False, True)
+    assert judged.report.diagnostics == trusted.report.diagnostics
+    torch.testing.assert_close(judged.draw(data).rewards, trusted.draw(data).rewards, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

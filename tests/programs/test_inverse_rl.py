@@ -9,7 +9,7 @@ import torch
 
 import bayesrm as brm
 from bayesrm.data import Trajectories
-from bayesrm.errors import ArgumentError
+from bayesrm.errors import ArgumentError, DataError
 from bayesrm.programs import InverseRL, Steps
 from bayesrm.programs.tabular_mdp import TabularMDP
 from bayesrm.rewards import StateReward
@@ -148,11 +148,48 @@ def test_next_states_follow_the_transitions():
         ({"transitions": np.full((2, 2, 2), 0.5), "terminal": np.array([True, True])}, "`terminal` names every state"),
         ({"transitions": np.full((2, 2, 2), 0.5), "terminal": np.array([True])}, r"`terminal` has shape \(1,\)"),
         ({"transitions": np.full((2, 2, 2), 0.5), "start": np.array([0.5, 0.6])}, "`start` must be probabilities"),
+        ({"transitions": np.full((2, 2, 2), 0.5), "start": [1.0]}, r"`start` has shape \(1,\); it is \(2,\)"),
+        (
+            {"transitions": [[[1.0, 0.0], [1.0, 0.0]], [[0.5, 0.5], [0.5, 0.6]]]},
+            r"`transitions\[1, 1\]` is \[0\.5 0\.6\]",
+        ),
+        ({"transitions": [[[1.0, np.nan], [1.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]]]}, r"`transitions\[0, 0\]` is"),
+        ({"transitions": [[[1.0], [1.0, 0.0]]]}, r"`transitions` cannot be read as an array .* shape \(S, A, S\)"),
+        ({"transitions": "chain"}, "`transitions` cannot be read as an array"),
+        ({"transitions": np.full((2, 2, 2), 0.5), "terminal": [0, 1]}, "it holds True or False"),
     ],
 )
 def test_wrong_dynamics_are_named(arguments, message):
     with pytest.raises(ArgumentError, match=message):
         TabularMDP(**arguments)
+
+
+def test_nested_lists_are_arrays():
+    lists = TabularMDP([[[0.5, 0.5], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]], [False, True], [1.0, 0.0])
+    assert lists.transitions.shape == (2, 2, 2)
+    assert lists.terminal.dtype == np.bool_
+    assert lists.start.tolist() == [1.0, 0.0]
+
+
+def test_dynamics_on_disk(tmp_path):
+    mdp, _ = random_mdp()
+    mdp.save(tmp_path / "world.npz")
+    again = TabularMDP.load(tmp_path / "world.npz")
+    for name in ("transitions", "terminal", "start"):
+        assert np.array_equal(getattr(again, name), getattr(mdp, name))
+    np.savez(tmp_path / "plain.npz", transitions=np.full((2, 2, 2), 0.5))
+    assert TabularMDP.load(tmp_path / "plain.npz").start.tolist() == [0.5, 0.5]
+    np.savez(tmp_path / "other.npz", moves=np.zeros(3))
+    (tmp_path / "text.npz").write_text("no archive")
+    for name, message in (
+        ("other.npz", r"other\.npz: it holds \['moves'\]"),
+        ("text.npz", r"text\.npz: it is no \.npz file"),
+        ("absent.npz", r"absent\.npz: it is no \.npz file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            TabularMDP.load(tmp_path / name)
+    with pytest.raises(ArgumentError, match=r"must end in \.npz"):
+        mdp.save(tmp_path / "world.npy")
 
 
 def test_wrong_questions_are_named():

@@ -355,6 +355,8 @@ def test_errors(mixed):
         brm.RewardModel(Linear(), {"choice": BradleyTerry()}).likelihood_of("ranking")
     with pytest.raises(LikelihoodError, match=r"returned batch shape \(1,\) for 8 rows of kind 'choice'"):
         brm.fit(brm.RewardModel(Linear(), lambda r, c: brm.dist.Categorical(logits=r[:1])), data)
+    with pytest.raises(LikelihoodError, match=r"returned a Tensor for rows of kind 'choice'; it must return a dist"):
+        brm.fit(brm.RewardModel(Linear(), lambda r, c: r), data)
     texts = brm.Comparisons.from_pairs(["Hi"], ["Hello!"], ["What?"])
     with pytest.raises(DataError, match=r"the data carry no features and the reward function has no feature extractor"):
         brm.RewardModel(Linear(), BradleyTerry()).encode(texts)

@@ -1,11 +1,14 @@
 """Inverse reinforcement learning against answers known exactly: quadrature for NUTS, and NUTS for AVRIL."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 import bayesrm as brm
 from bayesrm.data import Trajectories
+from bayesrm.diagnostics._sbc_ranks import holm, uniformity_p_values
 from bayesrm.engines import AVRIL
 from bayesrm.engines.trajectory_posterior import TrajectoryPosterior
 from bayesrm.errors import DataError, EngineError
@@ -75,6 +78,55 @@ def test_nuts_says_what_it_needs():
     nobody = Trajectories.from_arrays([[0]], [[0]], demonstrated=False)
     with pytest.raises(DataError, match="neither demonstrations nor preferences"):
         brm.fit(known(TWO), nobody, inference=SAMPLER)
+
+
+def simulated(rng):
+    """Rewards of two states from the prior, and demonstrations and preferences that follow from them."""
+    rewards = rng.normal(size=2)
+    seed = int(rng.integers(2**31))
+    ways = {"max_steps": 5, "discount": DISCOUNT, "rationality": RATIONALITY}
+    data = TWO.demonstrate(rewards, 4, seed=seed, **ways)
+    parts = [np.split(values, np.cumsum(data.lengths)[:-1]) for values in (data.states, data.actions)]
+    # Whoever judges them sees two more, of someone whose actions say nothing of the rewards.
+    parts = [parts[0] + [np.array([0, 0]), np.array([1, 1, 1])], parts[1] + [np.array([0, 1]), np.array([1, 0, 1])]]
+    returns = [rewards[s].sum() for s in parts[0]]
+    pairs = [(4, 5), (5, 0), (4, 1)]
+    better = [rng.random() < 1 / (1 + np.exp(returns[b] - returns[a])) for a, b in pairs]
+    order = [(a, b) if first else (b, a) for first, (a, b) in zip(better, pairs, strict=True)]
+    shown = [True] * 4 + [False] * 2
+    return rewards, Trajectories.from_arrays(*parts, ended=False, demonstrated=shown, preferences=order)
+
+
+def ranks(program, count, seed):
+    """Ranks of true rewards, their difference, and the log likelihood, among 99 draws."""
+    rng, found = np.random.default_rng(seed), []
+    engine = brm.NUTS(num_chains=1, num_warmup=200, num_samples=594, mass_matrix="diagonal")
+    for index in range(count):
+        rewards, data = simulated(rng)
+        with warnings.catch_warnings():
+            # One chain cannot be compared with others.
+            warnings.simplefilter("ignore", brm.errors.ConvergenceWarning)
+            posterior = brm.fit(program, data, inference=engine, seed=index)
+        draws = posterior.draw_reward([0, 1])[5::6]
+        both = torch.cat([torch.as_tensor(rewards)[None], draws])
+        logits = RATIONALITY * TWO.soft_values(both[..., None], discount=DISCOUNT, rationality=RATIONALITY)
+        shown = data.demonstrated[data.owners]
+        log_likelihood = torch.log_softmax(logits, 2)[:, data.states[shown], data.actions[shown]].sum(1)
+        returns = torch.zeros(len(both), len(data), dtype=torch.float64)
+        returns.index_add_(1, torch.as_tensor(data.owners), both[:, data.states])
+        gaps = returns[:, data.preferences[:, 0]] - returns[:, data.preferences[:, 1]]
+        log_likelihood += torch.nn.functional.logsigmoid(gaps).sum(1)
+        values = torch.stack([both[:, 0], both[:, 1], both[:, 1] - both[:, 0], log_likelihood], dim=1)
+        found.append((values[1:] < values[0]).sum(0).numpy())
+    return np.array(found)
+
+
+@pytest.mark.slow
+def test_ranks_of_simulated_truths_are_uniform():
+    assert holm(uniformity_p_values(ranks(known(TWO), 300, seed=0), 99)).min() > 0.01
+    # Control: demonstrations of someone half as rational as the program says.
+    wrong = ranks(known(TWO, rationality=2 * RATIONALITY), 60, seed=1)
+    assert holm(uniformity_p_values(wrong, 99)).min() < 0.01
 
 
 def grid():

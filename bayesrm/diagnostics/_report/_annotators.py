@@ -71,6 +71,8 @@ def _agreement(evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
         outcome = g.outcome.reshape(len(g.outcome), -1)[:, 0].numpy()
         use = (outcome < g.items.shape[1]) & (annotator.numpy() >= 0) & (g.weight.numpy() > 0)
         best = evidence.mean[g.items.numpy()].argmax(1)
+        if evidence.scores is not None:
+            best = (evidence.scores[0][g.rows.numpy()] < 0).astype(np.int64)
         hits.append((best == outcome)[use].astype(float))
         codes.append(annotator.numpy()[use])
     return np.concatenate(hits), np.concatenate(codes)

@@ -30,7 +30,7 @@ def uncertain_comparisons(evidence: Evidence) -> Section:
     chosen = one_a_prompt(evidence, order)
     unclear = float(np.mean(np.abs(mean[counted]) < std[counted]))
     verdict = (
-        f"In {unclear:.0%} of {several(len(counted), 'comparison')} the reward difference is within one "
+        f"In {unclear:.0%} of {several(len(counted), 'comparison')} the {evidence.gap} is within one "
         "standard deviation "
         f"of 0; in the one that is known least it is {mean[order[0]]:.2f} ± {std[order[0]]:.2f}."
     )
@@ -41,7 +41,7 @@ def uncertain_comparisons(evidence: Evidence) -> Section:
         if unclear > 0.5
         else ""
     )
-    shown = [comparison(evidence, row, f"reward difference {mean[row]:.2f} ± {std[row]:.2f}") for row in chosen]
+    shown = [comparison(evidence, row, f"{evidence.gap} {mean[row]:.2f} ± {std[row]:.2f}") for row in chosen]
     return Section(
         "uncertain",
         title,
@@ -81,7 +81,7 @@ def comparison(evidence: Evidence, row: int, note: str) -> Html:
     for k, item in enumerate(items[:_MOST]):
         response = plain(evidence.data.text(item)[1])
         name = f"Response {k + 1}" + (f" ({evidence.data.ids[item]})" if evidence.data.ids is not None else "")
-        reward = f"reward {evidence.deviation[item]:+.2f} ± {evidence.spread[item]:.2f}"
+        reward = f"{evidence.quantity} {evidence.deviation[item]:+.2f} ± {evidence.spread[item]:.2f}"
         parts.append(paragraph(element("b", name), f" · item {item}, {reward}", class_="tag"))
         if response:
             parts.append(quote(response))

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from ...engines import FitReport, Posterior
+from ...engines import FitReport, Posterior, TrajectoryPosterior
 from ...engines._chains import ESS_PER_CHAIN, R_HAT_OF_MANY, r_hat_limit
 from ...engines.psis import MIN_DRAWS, k_hat_threshold
 from ._html import Html, element, join, table
@@ -35,7 +35,7 @@ class Check:
     advice: str = ""
 
 
-def engine(posterior: Posterior, extra: list[Check]) -> Section:
+def engine(posterior: Posterior | TrajectoryPosterior, extra: list[Check]) -> Section:
     """The section on the engine.
 
     Args:
@@ -118,7 +118,9 @@ def _optimum(report: FitReport) -> list[Check]:
             "converged" if tolerance is None else f"at most {tolerance:.0e}",
             None if report.converged else Status.PROBLEM,
             f"the optimiser stopped at a gradient norm of {report.gradient_norm:.1e}, which is no mode.",
-            "Raise `max_iterations`; if that does not help, look for a latent without a proper prior.",
+            "Raise `num_steps` or `learning_rate`."
+            if report.engine["name"] == "AVRIL"
+            else "Raise `max_iterations`; if that does not help, look for a latent without a proper prior.",
         )
     ]
 
@@ -187,7 +189,7 @@ def _refinement(report: FitReport) -> list[Check]:
     ]
 
 
-def _weights(posterior: Posterior) -> list[Check]:
+def _weights(posterior: Posterior | TrajectoryPosterior) -> list[Check]:
     found = posterior.report.diagnostics
     if found.get("k_hat") is None:
         return []
@@ -196,7 +198,7 @@ def _weights(posterior: Posterior) -> list[Check]:
     return [k_hat_check(float(found["k_hat"]), ess, threshold, posterior.report.num_coordinates)]
 
 
-def _chains(posterior: Posterior) -> list[Check]:
+def _chains(posterior: Posterior | TrajectoryPosterior) -> list[Check]:
     found, num_chains = posterior.report.diagnostics, posterior._num_chains
     checks = []
     if found.get("r_hat") is not None and found.get("ess") is not None:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from ...data import Comparisons
 from ...data.groups import FeedbackGroup
 from ...engines import FeedbackPrediction, NetworkDraws, Posterior
-from ...rewards import ProjectedHead
+from ...rewards import PairwiseHead, ProjectedHead
+from ._preference_scores import item_scores, row_scores
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -25,7 +26,8 @@ class Evidence:
         prediction: Posterior predictive of its feedback.
         weight: Weight of each row, shape `(rows,)`; rows of weight 0 count nowhere.
         prompt: Prompt of each row, shape `(rows,)`.
-        mean: Expected reward of each item, shape `(items,)`.
+        mean: Expected reward of each item, shape `(items,)`; of a pairwise preference its mean score against the items
+            of its prompt.
         root: Covariance factor of the rewards of items of one prompt, shape `(items, R)`.
         deviation: Expected reward less the mean of the prompt's items, shape `(items,)`; the reward itself where the
             prompt has one item.
@@ -34,6 +36,8 @@ class Evidence:
         correct: Whether it occurred (shares in ties), NaN likewise, shape `(rows,)`.
         observed_prob: Probability of the answer that was given, shape `(rows,)`.
         label: Label of each row's group, such as `choice.2`.
+        scores: Mean and standard deviation of the score of each row's first response against its second, where a
+            pairwise preference has no rewards that would tell; both of shape `(rows,)`.
     """
 
     data: Comparisons
@@ -49,6 +53,17 @@ class Evidence:
     correct: Floats
     observed_prob: Floats
     label: list[str]
+    scores: tuple[Floats, Floats] | None = None
+
+    @property
+    def quantity(self) -> str:
+        """What is believed of a single response, in words."""
+        return "reward" if self.scores is None else "mean preference score"
+
+    @property
+    def gap(self) -> str:
+        """What decides between two responses, in words."""
+        return "reward difference" if self.scores is None else "preference score"
 
     @property
     def counted(self) -> NDArray[np.bool_]:
@@ -104,7 +119,7 @@ class Evidence:
             if items.shape[1] == 2:
                 gap, root = gap - self.mean[items[:, 1]], root - self.root[items[:, 1]]
             mean[rows], std[rows] = gap, np.sqrt(np.square(root).sum(1))
-        return mean, std, pair
+        return (mean, std, pair) if self.scores is None else (*self.scores, pair)
 
 
 def gather(posterior: Posterior, data: Comparisons, *, seed: int, progress: bool = False) -> Evidence:
@@ -136,12 +151,14 @@ def gather(posterior: Posterior, data: Comparisons, *, seed: int, progress: bool
         prediction.correct.numpy(),
         prediction.log_prob.exp().numpy(),
         label,
+        _scores(posterior, data),
     )
 
 
 def items(posterior: Posterior, data: Comparisons) -> tuple[Floats, Floats, Floats, Floats]:
     """Mean, covariance root, deviation and spread of the rewards of items, as `Evidence` has them."""
-    belief = posterior.predict_items(data)
+    pairwise = isinstance(posterior.program.head, PairwiseHead)
+    belief = item_scores(posterior, data) if pairwise else posterior.predict_items(data)
     order = np.argsort(np.asarray(data.prompt_of_item), kind="stable")
     valid = belief.valid
     differences = belief.differences()
@@ -158,3 +175,10 @@ def items(posterior: Posterior, data: Comparisons) -> tuple[Floats, Floats, Floa
         by_item(torch.where(single, belief.mean, differences.mean)),
         by_item(torch.where(single, belief.std, differences.std)),
     )
+
+
+def _scores(posterior: Posterior, data: Comparisons) -> tuple[Floats, Floats] | None:
+    if not isinstance(posterior.program.head, PairwiseHead):
+        return None
+    mean, std = row_scores(posterior, data)
+    return mean.double().numpy(), std.double().numpy()

@@ -5,8 +5,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...data import Comparisons
-from ...engines import Posterior
+from ...data import Comparisons, Trajectories
+from ...engines import Posterior, TrajectoryPosterior
 from ...errors import ArgumentError, PersistenceError
 from ._calibration import calibration
 from ._comparisons import uncertain_comparisons
@@ -14,6 +14,7 @@ from ._data import data_summary
 from ._engine import engine
 from ._engine_draws import draw_checks
 from ._evidence import gather, items
+from ._examine_trajectories import examine_trajectories
 from ._failures import failures
 from ._figures import require_matplotlib
 from ._latents import latents
@@ -25,12 +26,12 @@ from ._uncertainty import uncertainty
 
 
 def report(
-    posterior: Posterior,
-    data: Comparisons,
+    posterior: Posterior | TrajectoryPosterior,
+    data: Comparisons | Trajectories,
     path: str | Path,
     *,
-    train: Comparisons | None = None,
-    ood: Comparisons | None = None,
+    train: Comparisons | Trajectories | None = None,
+    ood: Comparisons | Trajectories | None = None,
     title: str | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -42,12 +43,15 @@ def report(
     suspected failures, and the likelihood's latents. Each opens with a verdict in one sentence. Texts of the data are
     escaped, and the page loads and runs nothing.
 
+    Of a `TrajectoryPosterior` they are the data, what was declared, the engine and its checks, the actions of
+    demonstrations and preferences as predicted, rewards by state, and whether these are surer where the fit saw more.
+
     Args:
         posterior: What to judge.
-        data: Comparisons with outcomes, of prompts that the fit has not seen.
+        data: Comparisons with outcomes, of prompts that the fit has not seen; or trajectories that it has not seen.
         path: File to write, ending in `.html`; a file there is replaced once the new one is complete.
         train: The data of the fit, if at hand: shows whether prompts are shared, what range of rewards is usual, and
-            (for engines that approximate) k-hat of their importance weights.
+            (for engines that approximate) k-hat of their importance weights; of trajectories, how often each state was.
         ood: Comparisons on subjects that the training data do not cover.
         title: Heading of the page.
         seed: Seed of draws and bootstraps; the same seed writes the same numbers.
@@ -57,7 +61,8 @@ def report(
         The path.
 
     Raises:
-        ArgumentError: The path does not end in `.html`, no row has a weight, or matplotlib is not installed.
+        ArgumentError: The path does not end in `.html`, no row has a weight, data are of another kind than those of
+            the fit, or matplotlib is not installed.
         DataError: The data cannot be encoded.
         LikelihoodError: The feedback is of another kind than the posterior describes, or an annotator is unknown to it.
         PersistenceError: The file cannot be written.
@@ -79,11 +84,11 @@ def report(
 
 
 def examine(
-    posterior: Posterior,
-    data: Comparisons,
+    posterior: Posterior | TrajectoryPosterior,
+    data: Comparisons | Trajectories,
     *,
-    train: Comparisons | None = None,
-    ood: Comparisons | None = None,
+    train: Comparisons | Trajectories | None = None,
+    ood: Comparisons | Trajectories | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> list[Section]:
@@ -93,6 +98,16 @@ def examine(
         The sections in the order of the page, each with status, verdict and advice.
     """
     require_matplotlib()
+    if isinstance(posterior, TrajectoryPosterior):
+        if ood is not None:
+            raise ArgumentError("`ood` is for comparisons; of trajectories, `train` shows where the fit saw little")
+        return examine_trajectories(posterior, data, train=train, seed=seed)
+    for name, part in (("data", data), ("train", train), ("ood", ood)):
+        if isinstance(part, Trajectories):
+            raise ArgumentError(f"`{name}` holds trajectories; this posterior is about comparisons")
+    assert isinstance(data, Comparisons)
+    assert train is None or isinstance(train, Comparisons)
+    assert ood is None or isinstance(ood, Comparisons)
     if not any(bool((g.weight > 0).any()) for g in data.groups()):
         raise ArgumentError("every row of `data` has weight 0; there is no feedback to judge the posterior by")
     evidence = gather(posterior, data, seed=seed, progress=progress)
@@ -111,7 +126,13 @@ def examine(
     ]
 
 
-def write(posterior: Posterior, sections: Sequence[Section], path: str | Path, *, title: str | None = None) -> Path:
+def write(
+    posterior: Posterior | TrajectoryPosterior,
+    sections: Sequence[Section],
+    path: str | Path,
+    *,
+    title: str | None = None,
+) -> Path:
     """Writes sections as a page, all of it or nothing.
 
     Args:
@@ -124,11 +145,16 @@ def write(posterior: Posterior, sections: Sequence[Section], path: str | Path, *
         PersistenceError: The file cannot be written.
     """
     fit = posterior.report
-    lead = (
-        f"{likelihood_name(posterior.program.likelihood)} likelihood, {fit.engine['name']}, fitted on "
-        f"{several(fit.num_rows, 'comparison')} of {several(fit.num_prompts, 'prompt')} in {fit.seconds:.1f} s."
-    )
-    text = page(title or "Can this posterior be trusted?", lead, sections)
+    trajectories = isinstance(posterior, TrajectoryPosterior)
+    if trajectories:
+        what, rows = "Inverse reinforcement learning", several(fit.num_rows, "step")
+        fitted = f"{rows} of {several(fit.num_prompts, 'trajectory', 'trajectories')}"
+    else:
+        what = f"{likelihood_name(posterior.program.likelihood)} likelihood"
+        fitted = f"{several(fit.num_rows, 'comparison')} of {several(fit.num_prompts, 'prompt')}"
+    lead = f"{what}, {fit.engine['name']}, fitted on {fitted} in {fit.seconds:.1f} s."
+    over = "trajectories, or groups of them that depend on each other," if trajectories else "prompts"
+    text = page(title or "Can this posterior be trusted?", lead, sections, over=over)
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

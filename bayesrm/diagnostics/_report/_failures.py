@@ -94,8 +94,8 @@ def outlying(evidence: Evidence, usual: Floats | None) -> Finding:
         element(
             "article",
             paragraph(
-                f"Item {item}: reward {evidence.deviation[item]:+.2f} ± {evidence.spread[item]:.2f} relative to "
-                "its prompt",
+                f"Item {item}: {evidence.quantity} {evidence.deviation[item]:+.2f} ± {evidence.spread[item]:.2f} "
+                "relative to its prompt",
                 class_="tag",
             ),
             quote(plain(evidence.data.text(int(item))[1]) or "(no text)"),
@@ -113,6 +113,7 @@ def outlying(evidence: Evidence, usual: Floats | None) -> Finding:
 def length(evidence: Evidence, *, seed: int) -> Finding | None:
     """Whether the reward prefers longer responses more often than the answers do, or less often."""
     words = evidence.data.words
+    gaps, _, _ = evidence.contrasts()
     longer_rewarded, longer_chosen, rows = [], [], []
     for g in evidence.groups:
         if words is None or g.comparison.kind != "choice" or g.items.shape[1] != 2:
@@ -121,7 +122,7 @@ def length(evidence: Evidence, *, seed: int) -> Finding | None:
         gap = words[items[:, 0]].astype(np.int64) - words[items[:, 1]]
         use = (outcome < 2) & (gap != 0) & (g.weight.numpy() > 0)
         sign = np.sign(gap[use])
-        longer_rewarded.append((evidence.mean[items[use, 0]] - evidence.mean[items[use, 1]]) * sign > 0)
+        longer_rewarded.append(gaps[g.rows.numpy()[use]] * sign > 0)
         longer_chosen.append(np.where(outcome[use] == 0, 1, -1) * sign > 0)
         rows.append(g.rows.numpy()[use])
     if not rows or sum(map(len, rows)) < 10:

@@ -31,13 +31,14 @@ class Node:
     given: bool = False
 
 
-def draw(variables: Sequence[Variable], *, num_features: int, num_rows: int) -> Html:
+def draw(variables: Sequence[Variable], *, num_features: int, num_rows: int, pairs: bool = False) -> Html:
     """The model as SVG, about 480 units wide.
 
     Args:
         variables: What the program declares, see `declared`.
         num_features: Size of the features.
         num_rows: Rows of feedback it was fitted on.
+        pairs: Whether pairs of responses have scores, and no response a reward.
     """
     parameters = [v for v in variables if v.name.startswith("reward.") and not v.observed]
     latents = [v for v in variables if not v.name.startswith("reward.") and not v.observed]
@@ -48,7 +49,7 @@ def draw(variables: Sequence[Variable], *, num_features: int, num_rows: int) -> 
     count = sum(_size(v) for v in parameters)
     theta = Node("reward weights", f"{count:,} x {parameters[0].distribution}" if parameters else "fixed", _LEFT, 40.0)
     features = Node("features", f"{num_features:,} numbers", _LEFT, 145.0, given=True)
-    reward = Node("reward", "of an item", _LEFT, 235.0)
+    reward = Node("score" if pairs else "reward", "of a pair" if pairs else "of an item", _LEFT, 235.0)
     top = 350.0
     feedback = [
         Node("feedback" if kind == "" else kind, _shapes(group), _LEFT, top + 90 * i, given=True)
@@ -66,7 +67,7 @@ def draw(variables: Sequence[Variable], *, num_features: int, num_rows: int) -> 
     for v in latents:
         edges += [_aside(latent_nodes[name], latent_nodes[v.name]) for name in v.parents if name in latent_nodes]
     plates = [
-        _plate(20.0, 105.0, 240.0, 172.0, "items"),
+        _plate(20.0, 105.0, 240.0, 172.0, "pairs" if pairs else "items"),
         _plate(20.0, top - 45, 240.0, bottom - top + 110, several(num_rows, "comparison")),
         *boxes,
     ]

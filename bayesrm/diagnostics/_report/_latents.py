@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ...backend import PriorRecorder, following, seeded
-from ...engines import Posterior
+from ...engines import Posterior, TrajectoryPosterior
 from ..plots import BLUE
 from ._evidence import Floats
 from ._html import Html, element, join, paragraph, table
@@ -55,7 +55,7 @@ class Interval:
         return 1.0 - (self.high - self.low) / before if before > 0 else 0.0
 
 
-def latents(posterior: Posterior, *, seed: int) -> Section:
+def latents(posterior: Posterior | TrajectoryPosterior, *, seed: int) -> Section:
     """The section on the latents."""
     found = intervals(posterior, seed=seed)
     if not found:
@@ -112,14 +112,16 @@ def latents(posterior: Posterior, *, seed: int) -> Section:
     )
 
 
-def intervals(posterior: Posterior, *, seed: int) -> list[Interval]:
+def intervals(posterior: Posterior | TrajectoryPosterior, *, seed: int) -> list[Interval]:
     """Posterior and prior intervals of every latent number, and of annotators' reliabilities where modelled."""
     draws = posterior.latents(2000, seed=seed)
     if not draws:
         return []
     prior = _prior_draws(posterior, 400, seed)
     names = posterior.schema.annotators
-    raters = {v.name for v in declared(posterior) if any(size == len(names) for _, size in v.plates)}
+    raters: set[str] = set()
+    if not isinstance(posterior, TrajectoryPosterior):
+        raters = {v.name for v in declared(posterior) if any(size == len(names) for _, size in v.plates)}
     after = draws | _reliabilities(posterior.program.likelihood, draws)
     before = prior | _reliabilities(posterior.program.likelihood, prior)
     found = []
@@ -160,7 +162,8 @@ def _quantiles(values: torch.Tensor) -> Floats:
     return result
 
 
-def _prior_draws(posterior: Posterior, count: int, seed: int) -> dict[str, torch.Tensor]:
+def _prior_draws(posterior: Posterior | TrajectoryPosterior, count: int, seed: int) -> dict[str, torch.Tensor]:
+    program = posterior.program.feedback_model if isinstance(posterior, TrajectoryPosterior) else posterior.program
     groups = posterior.schema.example_groups()
     zeros = [torch.zeros(g.items.shape, dtype=torch.float64) for g in groups]
     found: dict[str, list[torch.Tensor]] = {}
@@ -168,7 +171,7 @@ def _prior_draws(posterior: Posterior, count: int, seed: int) -> dict[str, torch
         for _ in range(count):
             recorder = PriorRecorder({})
             with recorder:
-                posterior.program.feedback(zeros, [g.comparison for g in groups])
+                program.feedback(zeros, [g.comparison for g in groups])
             for name, (_, value) in recorder.sites.items():
                 found.setdefault(name, []).append(value)
     return {name: torch.stack(values) for name, values in found.items()}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...engines import NetworkDraws, Posterior
-from ...rewards import ProjectedHead
+from ...rewards import PairwiseHead, ProjectedHead
 from ...rewards.tangent import Tangent
 from ._graph import describe, draw
 from ._html import Html, element, join, paragraph, table
@@ -19,24 +19,29 @@ def declaration(posterior: Posterior) -> Section:
     latents = [v for v in variables if not v.observed and not v.name.startswith("reward.")]
     report = posterior.report
     head, width = posterior.program.head, posterior._num_features()
+    pairs = isinstance(head, PairwiseHead)
     if isinstance(head, Tangent | NetworkDraws):
         reward = "LoRA adapters on a language model"
+    elif isinstance(head, PairwiseHead):
+        reward = f"the features of both responses, intransitive in {several(head.rank, 'direction')}"
     elif isinstance(head, ProjectedHead):
         reward = f"{head.title} in {several(width, 'coordinate')}"
     else:
         reward = f"a {type(head).__name__} head on {several(width, 'feature')}"
     known = f" with {several(len(latents), 'latent')} of its own" if latents else " with no latents of its own"
     verdict = (
-        f"Rewards come from {reward} ({several(report.num_parameters, 'parameter')}), and answers from "
+        f"{'Scores of pairs' if pairs else 'Rewards'} come from {reward} "
+        f"({several(report.num_parameters, 'parameter')}), and answers from "
         f"{likelihood_name(posterior.program.likelihood)}{known}."
     )
     picture = element(
         "figure",
-        draw(variables, num_features=posterior._num_features(), num_rows=report.num_rows),
+        draw(variables, num_features=posterior._num_features(), num_rows=report.num_rows, pairs=pairs),
         element(
             "figcaption",
             "The declared model, found by running the program. Ellipses are random variables, shaded ones are known; a "
-            "box repeats what it holds; the reward is a function of the features and the weights.",
+            "box repeats what it holds; the "
+            f"{'score' if pairs else 'reward'} is a function of the features and the weights.",
         ),
     )
     return Section("model", "What was declared", Status.NOTE, verdict, "", join([

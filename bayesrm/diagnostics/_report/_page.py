@@ -63,13 +63,14 @@ footer { margin-top: 3rem; border-top: 1px solid #dfe3e8; padding-top: .6rem }
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
-def page(title: str, lead: str, sections: Sequence[Section]) -> Html:
+def page(title: str, lead: str, sections: Sequence[Section], *, over: str = "prompts") -> Html:
     """The whole document.
 
     Args:
         title: Heading and title of the window.
         lead: One line under the heading.
         sections: Sections in their order; their verdicts make the summary at the top.
+        over: What intervals are over.
     """
     overview = element(
         "nav",
@@ -103,7 +104,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> Html:
         element(
             "footer",
             paragraph(
-                f"Written by bayesrm {version}. Intervals are 95% over prompts unless said otherwise.", class_="tag"
+                f"Written by bayesrm {version}. Intervals are 95% over {over} unless said otherwise.", class_="tag"
             ),
         ),
     )

@@ -18,7 +18,7 @@ def uncertainty(evidence: Evidence, ood: Evidence | None, *, seed: int) -> Secti
     title = "Uncertainty in and out of distribution"
     inside = evidence.prompt_spread()
     if not inside.any():
-        verdict = "Every reward has a posterior standard deviation of 0: this posterior is a point."
+        verdict = f"Every {evidence.quantity} has a posterior standard deviation of 0: this posterior is a point."
         advice = (
             "Fit with Laplace, NUTS or an ensemble; a point is as sure of what it has never seen as of its "
             "training data."
@@ -29,15 +29,17 @@ def uncertainty(evidence: Evidence, ood: Evidence | None, *, seed: int) -> Secti
     if ood is None:
         middle = float(np.median(inside))
         verdict = (
-            f"The reward of a response is known to ± {middle:.2f} in the middle of "
+            f"The {evidence.quantity} of a response is known to ± {middle:.2f} in the middle of "
             f"{several(len(inside), 'prompt')}; whether that grows away from the training data was not tested."
         )
         advice = (
             "Give a second data set on other subjects (`ood`) to see whether the posterior notices that it is out "
             "of its depth."
         )
-        figure = _densities(inside, None)
-        body = join([table("Standard deviation of a response's reward, by prompt", _HEAD, rows), figure, errors])
+        figure = _densities(inside, None, evidence.quantity)
+        body = join(
+            [table(f"Standard deviation of a response's {evidence.quantity}, by prompt", _HEAD, rows), figure, errors]
+        )
         return Section("uncertainty", title, Status.NOTE, verdict, advice, body)
     outside = ood.prompt_spread()
     separation = ood_auroc(inside, outside, seed=seed)
@@ -60,10 +62,10 @@ def uncertainty(evidence: Evidence, ood: Evidence | None, *, seed: int) -> Secti
             "Do not count on the uncertainty to flag unfamiliar prompts. Features that tell the two sets apart, a "
             "full structure, or a tangent model in place of a frozen encoder can help."
         )
-    figure = _densities(inside, outside)
+    figure = _densities(inside, outside, evidence.quantity)
     body = join(
         [
-            table("Standard deviation of a response's reward, by prompt", _HEAD, rows),
+            table(f"Standard deviation of a response's {evidence.quantity}, by prompt", _HEAD, rows),
             figure,
             _scores(evidence, ood, seed),
             errors,
@@ -121,13 +123,13 @@ def _average(values: Floats, weight: Floats, index: Integers) -> float:
     return float(np.average(values[index], weights=weight[index]))
 
 
-def _densities(inside: Floats, outside: Floats | None) -> Html | None:
+def _densities(inside: Floats, outside: Floats | None, what: str) -> Html | None:
     every = inside if outside is None else np.concatenate([inside, outside])
     # Numbers that differ by rounding alone have no histogram.
     if np.ptp(every) <= 1e-9 * every.max():
         return None
     figure, ax = axes(5.4, 3.2)
-    quantity = "std of a response's reward, mean over the prompt"
+    quantity = f"std of a response's {what}, mean over the prompt"
     said = f"these data: {np.median(inside):.3f} in the middle"
     if outside is None:
         ax.hist(inside, 24, color=BLUE, alpha=0.65)
@@ -138,6 +140,6 @@ def _densities(inside: Floats, outside: Floats | None) -> Html | None:
     return image(
         figure,
         f"Histogram of the posterior standard deviation, by prompt; {said}.",
-        "Posterior standard deviation of a response's reward relative to its prompt, averaged over the prompt's "
+        f"Posterior standard deviation of a response's {what} relative to its prompt, averaged over the prompt's "
         "responses.",
     )
