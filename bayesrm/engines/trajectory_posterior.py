@@ -212,6 +212,10 @@ class TrajectoryPosterior:
         stats = {} if chosen is None else {name: value[chosen] for name, value in self.sample_stats.items()}
         return JointDraws(rewards.flatten(1) @ counts.T, latents, None, self.num_chains, stats)
 
+    def weighted_draws(self, data: Trajectories, *, num_samples: int | None = None, seed: int = 0) -> JointDraws:
+        """Those of `draw`: none of them is resampled, and no weights are known."""
+        return self.draw(data, num_samples=num_samples, seed=seed)
+
     def draw_reward(
         self, states: ArrayLike, actions: ArrayLike | None = None, *, num_samples: int | None = None, seed: int = 0
     ) -> Float[Tensor, "draws states"]:
@@ -240,7 +244,15 @@ class TrajectoryPosterior:
         chosen = spread_evenly(self._default_draws, self.num_chains, count) if drawn else None
         return self._latents_at(chosen, count if chosen is None else len(chosen))
 
-    def to_arviz(self, data: Trajectories, *, num_samples: int = 1000, seed: int = 0, predictive: bool = True) -> Any:
+    def to_arviz(
+        self,
+        data: Trajectories,
+        *,
+        num_samples: int = 1000,
+        seed: int = 0,
+        predictive: bool = True,
+        by: str = "comparison",
+    ) -> Any:
         """The posterior on `data` for ArviZ: draws of rewards and latents, never the weights of a network.
 
         Dimensions are `state` (all numbered states, or the distinct ones of the data), `action`, `trajectory`,
@@ -251,12 +263,18 @@ class TrajectoryPosterior:
             num_samples: Number of draws, see `draw`.
             seed: Seed.
             predictive: Whether to draw preferences and actions from the posterior predictive.
+            by: `"comparison"`: log likelihoods are of each preference and of each demonstration.
+
+        Raises:
+            ArgumentError: `by` is something else; trajectories have no prompts.
 
         Returns:
             `arviz.InferenceData`, or with ArviZ 1.x an `xarray.DataTree`.
         """
         from ._trajectory_arviz import export
 
+        if by != "comparison":
+            raise ArgumentError(f"`by` is {by!r}; trajectories have no prompts, so that it is 'comparison'")
         return export(self, self._trajectories(data), num_samples=num_samples, seed=seed, predictive=predictive)
 
     def summary(self) -> str:

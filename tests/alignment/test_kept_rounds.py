@@ -82,7 +82,14 @@ def test_the_last_rounds_stay_when_asked_for(keep, left, tmp_path):
     assert numbers(tmp_path) == []
 
 
-@pytest.mark.parametrize(("method", "cuts"), [("brain", range(1, STEPS * ROUNDS)), ("moving", (4, 9, 15))])
+@pytest.mark.parametrize(
+    ("method", "cuts"),
+    [
+        ("brain", (STEPS, STEPS + 1)),
+        ("moving", (4, 9, 15)),
+        pytest.param("brain", range(1, STEPS * ROUNDS), marks=pytest.mark.slow, id="brain-every-step"),
+    ],
+)
 def test_a_run_cut_after_any_step_reaches_the_same_weights(method, cuts, tmp_path, whole):
     for cut in cuts:
         place = tmp_path / str(cut)

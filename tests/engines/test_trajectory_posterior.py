@@ -70,6 +70,11 @@ def test_it_is_a_posterior_and_has_its_public_methods(normal):
             assert ours == theirs, name
 
 
+def test_trajectories_have_no_prompts(normal):
+    with pytest.raises(ArgumentError, match="`by` is 'prompt'; trajectories have no prompts"):
+        normal.to_arviz(DATA, by="prompt")
+
+
 def test_draws_are_those_of_the_chains_and_sum_along_trajectories(drawn):
     draws = drawn.draw(DATA)
     values = drawn.rewards.values[..., 0]
