@@ -46,7 +46,7 @@ NUM_SEEDS = 8
 #: The last iterate leaves at most this share of what the reference leaves to a best response.
 EXPLOITABILITY_LEFT = 0.1
 #: The last iterate of MTPO-tau keeps at most this share of the reference's divergence from where the exact step rests.
-DIVERGENCE_LEFT = 0.1
+DIVERGENCE_LEFT = 0.05
 
 
 FULL = Size(NUM_SEEDS, 2000, 20_000, 60, 40)

@@ -134,7 +134,6 @@ def align(
             )  # fmt: skip
             folder = RunFolder.open(place, identity, processes)
             if (finished := load_finished(folder, policy)) is not None:
-                prune_rounds(folder, keep_rounds)
                 return finished
         else:
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="bayesrm-"))

@@ -1,6 +1,7 @@
 """A round's candidates: drawn from the method's proposals, scored, and given their log-probabilities."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,9 @@ from ._token_rewards import token_rewards
 from ._weights import Snapshot
 from .method import Method
 from .policy import Policy
+
+#: A log-probability may exceed 0 by rounding.
+_ROUNDING = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,13 +208,13 @@ def check_given(
             "`candidates`: leave them out, or use another method"
         )
     least, most = getattr(method.projection, "candidates_taken", (1, None))
-    if log_probs is not None and [len(row) for row in log_probs] != [len(row) for row in given]:
-        raise ArgumentError("`candidate_log_probs` must hold a number for each of `candidates`")
     if len(given) != len(prompts):
         raise ArgumentError(f"`candidates` has {len(given)} entries for {len(prompts)} prompts; give one for each")
     for row, responses in enumerate(given):
-        if isinstance(responses, str):
-            raise ArgumentError(f"`candidates`[{row}] is a text; give a list of responses for each prompt")
+        if isinstance(responses, str) or not isinstance(responses, Sequence):
+            raise ArgumentError(
+                f"`candidates`[{row}] is of type {type(responses).__name__}; give a list of responses for each prompt"
+            )
         if len(responses) < least or (most is not None and len(responses) > most):
             takes = f"exactly {least}" if least == most else f"at least {least}"
             raise ArgumentError(
@@ -218,3 +222,15 @@ def check_given(
             )
         if not all(isinstance(response, str) for response in responses):
             raise ArgumentError(f"`candidates`[{row}] holds a response that is no text")
+    if log_probs is None:
+        return
+    if len(log_probs) != len(given):
+        raise ArgumentError("`candidate_log_probs` must hold a list for each entry of `candidates`")
+    for row, (values, responses) in enumerate(zip(log_probs, given, strict=True)):
+        if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != len(responses):
+            raise ArgumentError(f"`candidate_log_probs`[{row}] must hold a number for each of `candidates`[{row}]")
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= _ROUNDING:
+                raise ArgumentError(
+                    f"`candidate_log_probs`[{row}] holds {value!r}; a log-probability is a finite number of at most 0"
+                )

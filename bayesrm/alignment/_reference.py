@@ -38,8 +38,14 @@ class ReferenceWeights:
         """Inside the block the model has these weights and no adapters."""
         parameters = _without_adapters(model)
         off = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
-        with off, swapped({name: parameters[name] for name in self.values}, Snapshot(self.values)):
-            yield
+        learnt = {name: p.requires_grad for name, p in model.named_parameters()}
+        try:
+            with off, swapped({name: parameters[name] for name in self.values}, Snapshot(self.values)):
+                yield
+        finally:
+            # peft switches adapters on again by making all of their weights trainable.
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(learnt[name])
 
 
 def load_reference(
@@ -83,6 +89,11 @@ def reference_weights(
     Raises:
         ArgumentError: Vocabulary or architecture are others than the policy's.
     """
+    if hasattr(policy.model, "peft_config") and not hasattr(policy.model, "disable_adapter"):
+        raise ArgumentError(
+            f"{name} needs a policy whose adapters can be switched off; wrap its model by `peft.get_peft_model`, "
+            "not by the model's own `add_adapter`"
+        )
     _check_vocabulary(policy.tokenizer.get_vocab(), tokenizer.get_vocab(), name)
     plain = copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
     theirs, own = dict(plain.named_parameters()), _without_adapters(policy.model)

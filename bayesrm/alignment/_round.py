@@ -122,26 +122,20 @@ class Round:
                 metadata = stored.metadata()
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
             texts, sources = json.loads(metadata["texts"]), json.loads(metadata["sources"])
+            mask, reference, policy, prompts = (tensors[n] for n in ("mask", "reference", "policy", "prompts"))
+            flat = [tensors[f"{part}_{what}"] for part in ("prompt", "response") for what in ("tokens", "lengths")]
+            mean, root, ended = tensors["mean"], tensors["root"], tensors["ended"]
         except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
             raise PersistenceError(f"{file} cannot be read: {error}; remove it to draw its round again") from error
         draws = tensors.get("draws")
-        mask = tensors["mask"]
-        belief = (
-            RewardBelief(tensors["mean"], tensors["root"], mask)
-            if draws is None
-            else RewardBelief.from_draws(draws, mask)
-        )
+        belief = RewardBelief(mean, root, mask) if draws is None else RewardBelief.from_draws(draws, mask)
         candidates = ScoredCandidates(
-            belief, tensors["reference"], tensors.get("proposal"), tensors.get("anchor"), tensors.get("preferences"),
+            belief, reference, tensors.get("proposal"), tensors.get("anchor"), tensors.get("preferences"),
             None if sources is None else tuple(sources),
         )  # fmt: skip
-        sequences = TokenSequences(
-            _ragged(tensors["prompt_tokens"], tensors["prompt_lengths"]),
-            _ragged(tensors["response_tokens"], tensors["response_lengths"]),
-            tuple(tensors["ended"].tolist()),
-        )
+        sequences = TokenSequences(_ragged(flat[0], flat[1]), _ragged(flat[2], flat[3]), tuple(ended.tolist()))
         return cls(
-            tensors["prompts"], sequences, texts, candidates, tensors["policy"],
+            prompts, sequences, texts, candidates, policy,
             **{name: tensors.get(name) for name in ALONG_TOKENS},
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The rounds of a run: each is made when it begins, or found on disk, and goes when no resuming needs it any more."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .method import Method
 from .monitor import Budget, RoundReport
 from .policy import Policy
 
+_log = logging.getLogger(__name__)
 _POLICY, _ANCHOR, _REPORTS = "policy.safetensors", "anchor.safetensors", "rounds.json"
 
 
@@ -166,6 +168,10 @@ def prune_rounds(folder: RunFolder, keep: int | None, *, before: int | None = No
     if keep is None or folder.processes.index:
         return
     files = sorted(folder.path.glob("round-*.safetensors"))
-    for file in files[: len(files) - keep]:
+    for file in files[: max(0, len(files) - keep)]:
         if before is None or int(file.stem.rpartition("-")[2]) < before:
-            file.unlink()
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                # A file too many is no reason to lose a run.
+                _log.warning("%s cannot be removed: %s", file, error)

@@ -82,9 +82,35 @@ def check_preferences(
 ) -> Float[Tensor, "prompts candidates candidates"]:
     """P(i preferred to j) of each prompt's candidates, n the most of them; what stands for missing ones is ignored.
 
+    A response without words loses to every other for certain, and is not judged.
+
     Raises:
         ArgumentError: `preferences` returned another shape.
     """
+    kept = [[i for i, text in enumerate(texts) if not _blank(text)] for texts in candidates]
+    if all(len(places) == len(texts) for places, texts in zip(kept, candidates, strict=True)):
+        return _judged(preferences, prompts, candidates)
+    count = max(map(len, candidates))
+    asked = [row for row, places in enumerate(kept) if places]
+    matrix = torch.full((len(prompts), count, count), 0.5)
+    if not asked:
+        return matrix
+    found = _judged(preferences, [prompts[r] for r in asked], [[candidates[r][i] for i in kept[r]] for r in asked])
+    matrix = matrix.to(found.dtype)
+    for row, judged in zip(asked, found, strict=True):
+        places = torch.tensor(kept[row])
+        matrix[row, places] = 1.0
+        matrix[row, :, places] = 0.0
+        matrix[row, places[:, None], places] = judged[: len(places), : len(places)]
+    return matrix
+
+
+def _blank(text: Any) -> bool:
+    return isinstance(text, str) and not text.strip()
+
+
+def _judged(preferences: Preferences, prompts: Sequence[Any], candidates: Sequence[Sequence[Any]]) -> Tensor:
+    """The matrix that `preferences` returns, its shape checked."""
     matrix = preferences(prompts, candidates)
     count = max(map(len, candidates))
     if not isinstance(matrix, Tensor):

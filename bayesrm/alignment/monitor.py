@@ -16,7 +16,7 @@ from ._round import Round
 
 @dataclasses.dataclass(frozen=True)
 class RoundReport:
-    """The candidates of a round, averaged over its prompts.
+    """The candidates of a round, averaged over its prompts; lengths, ends and pairs of tokens over all responses.
 
     Where the candidates were not drawn from the policy, what is said of the policy is estimated by self-normalised
     importance weights.
@@ -28,7 +28,7 @@ class RoundReport:
         reward_std: Standard deviation of a response's reward as believed, as deviation from its prompt's candidates.
         kl_to_reference: KL(policy || reference) in nats, by the mean log-ratio of the policy's responses.
         target_kl: KL(target || reference) in nats, estimated.
-        target_ess: Effective sample size of the target's weights, of `num_candidates`.
+        target_ess: Effective sample size of the target's weights, of a prompt's candidates.
         policy_ess: Effective sample size of the policy's weights.
         k_hat: Shape of the tail of the target's weights of all prompts together; not a number below 25 draws.
         length: Mean tokens of a response.

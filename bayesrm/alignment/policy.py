@@ -127,6 +127,11 @@ class Policy:
         self.reference: Snapshot | ReferenceWeights
         if reference is None:
             self.reference = self.snapshot()
+        elif not isinstance(reference, Policy):
+            raise ArgumentError(
+                f"`reference` is a {type(reference).__name__}; give a Policy, or a path to "
+                "`Policy.from_pretrained(reference=...)`"
+            )
         else:
             self.reference = reference_weights(self, reference.model, reference.tokenizer, name="`reference`")
 

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
 import bayesrm as brm
 from bayesrm.alignment import Budget, Method, TokenSequences, align, projections
 from bayesrm.alignment._round import Round
-from bayesrm.alignment._scoring import score
+from bayesrm.alignment._scoring import check_preferences, score
 from bayesrm.alignment._trainer import RoundBatches
 from bayesrm.errors import ArgumentError, EngineError, PersistenceError
 
@@ -48,6 +49,27 @@ def all_responses(policy, prompt):
     (ids,), _ = policy._codec.prompts([prompt])
     sequences = TokenSequences((ids,) * len(found), tuple(found), tuple(r[-1] == 0 for r in found))
     return sequences, policy.decode(found)
+
+
+def test_responses_without_words_lose_and_are_not_judged():
+    asked = []
+
+    def judge(prompts, candidates):
+        asked.append(candidates)
+        return torch.full((len(prompts), *[max(map(len, candidates))] * 2), 0.7, dtype=torch.float64)
+
+    found = check_preferences(judge, ["p", "q", "r"], [["a", " ", "b"], ["", ""], ["c", "d"]])
+    assert asked == [[["a", "b"], ["c", "d"]]]
+    assert found[0].tolist() == [[0.7, 1.0, 0.7], [0.0, 0.5, 0.0], [0.7, 1.0, 0.7]]
+    assert found[1, :2, :2].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert found[2, :2, :2].tolist() == [[0.7, 0.7], [0.7, 0.7]]
+
+
+def test_a_round_of_another_version_is_told(tmp_path):
+    file = tmp_path / "round-00000.safetensors"
+    safetensors.torch.save_file({"mean": torch.zeros(1)}, file, {"texts": "[]", "sources": "null"})
+    with pytest.raises(PersistenceError, match=r"round-00000.safetensors cannot be read: 'mask'"):
+        Round.load(file)
 
 
 @pytest.mark.parametrize("proposal", ["policy", "reference"])

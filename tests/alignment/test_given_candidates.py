@@ -166,6 +166,11 @@ class TestWhatAMethodTakes:
         with pytest.raises(ArgumentError, match=r"draws of policy and anchor .* takes no `candidates`"):
             self.go(load_method("j_bond"), [texts[:1] * 3 for texts in GIVEN])
 
+    def test_terms_that_weigh_nothing(self):
+        pairs = [texts[:2] for texts in GIVEN]
+        with pytest.raises(ArgumentError, match=r"PairwiseLogistic learns from draws of policy .* no `candidates`"):
+            self.go(load_method("sail"), pairs)
+
     def test_a_given_number(self):
         with pytest.raises(ArgumentError, match=r"`candidates`\[0\] holds 2 responses; BestAndWorst takes exactly 3"):
             self.go(load_method("bonbon", n=3))
@@ -182,7 +187,10 @@ class TestWhatAMethodTakes:
             self.go(METHODS["brain"], [GIVEN[0], [], *GIVEN[2:]])
 
     def test_what_does_not_fit(self):
-        with pytest.raises(ArgumentError, match="`candidate_log_probs` must hold a number for each"):
+        with pytest.raises(ArgumentError, match=r"`candidate_log_probs`\[\d\] must hold a number for each"):
             self.go(METHODS["brain"], candidate_log_probs=[[-1.0] * 2] * 4)
-        with pytest.raises(ArgumentError, match=r"`candidates`\[3\] is a text"):
+        above = [[5.0] * len(texts) for texts in GIVEN]
+        with pytest.raises(ArgumentError, match=r"`candidate_log_probs`\[0\] holds 5.0; .* at most 0"):
+            self.go(METHODS["brain"], candidate_log_probs=above)
+        with pytest.raises(ArgumentError, match=r"`candidates`\[3\] is of type str; give a list"):
             self.go(METHODS["brain"], [*GIVEN[:3], "w1 w2"])

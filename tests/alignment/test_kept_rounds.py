@@ -11,6 +11,8 @@ import bayesrm as brm
 from bayesrm.alignment import Budget, _align, _rounds, align
 from bayesrm.alignment._propose import Proposer
 from bayesrm.alignment._round import Round
+from bayesrm.engines._processes import Processes
+from bayesrm.engines._run_folder import RunFolder
 from bayesrm.errors import ArgumentError, PersistenceError
 
 from . import policies
@@ -76,10 +78,20 @@ def test_the_last_rounds_stay_when_asked_for(keep, left, tmp_path):
     assert numbers(tmp_path) == left
     for number in left:
         assert Round.load(tmp_path / f"round-{number:05d}.safetensors").counts == [6] * 6
-    # The setting is no part of what the run is.
+    # The setting is no part of what the run is, and reading a finished run removes nothing.
     _, again = run(tmp_path, keep=0)
     assert again.resumed_from == str(tmp_path)
-    assert numbers(tmp_path) == []
+    assert numbers(tmp_path) == left
+
+
+@pytest.mark.parametrize(("keep", "left"), [(3, [9, 10, 11]), (5, [7, 8, 9, 10, 11]), (20, list(range(12)))])
+def test_pruning_on_the_way_keeps_the_last_rounds(keep, left, tmp_path):
+    folder = RunFolder(tmp_path, Processes(), True)
+    for number in range(12):
+        (tmp_path / f"round-{number:05d}.safetensors").touch()
+        # As on the way: the round at hand is needed.
+        _rounds.prune_rounds(folder, keep, before=number)
+    assert numbers(tmp_path) == left
 
 
 @pytest.mark.parametrize(
@@ -131,7 +143,8 @@ def test_a_run_cut_between_the_steps_reaches_the_same_weights(stage, tmp_path, w
     assert torch.equal(theta, whole["brain"][0])
     assert report.rounds == whole["brain"][1].rounds
     assert report.final == whole["brain"][1].final
-    assert numbers(tmp_path) == []
+    # A run that has ended is read, not tidied.
+    assert numbers(tmp_path) == (list(range(ROUNDS + 1)) if stage == "after the end is written" else [])
 
 
 def test_a_run_goes_on_from_every_checkpoint_that_is_kept(tmp_path, whole):

@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 import transformers
@@ -32,7 +33,7 @@ def folders(request, tmp_path):
     policies.policy(request.param, seed=1).save_pretrained(tmp_path / "other")
     tuned = policies.moved(Policy.from_pretrained(str(tmp_path / "base"), lora=LORA, **LIMITS))
     tuned.save_pretrained(tmp_path / "adapter")
-    return {name: str(tmp_path / name) for name in ("base", "other", "adapter")}
+    return {name: str(tmp_path / name) for name in ("base", "other", "adapter")} | {"kind": request.param}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,31 @@ def test_inside_the_block_the_policy_is_the_other_model(policy, lora, reference,
     if isinstance(found.reference, ReferenceWeights):
         held, frozen = len(found.reference.values), len(list(found.model.get_base_model().named_parameters()))
         assert held == 0 if reference == "base" else held < frozen
+
+
+def test_what_is_frozen_stays_frozen(folders):
+    # peft makes all weights of an adapter trainable when it switches the adapter on again.
+    model = Policy.from_pretrained(folders["base"], lora=LORA, **LIMITS).model
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    tokenizer = policies.policy("gpt2").tokenizer
+    other = Policy.from_pretrained(folders["other"], **LIMITS)
+    policy = Policy(model, tokenizer, max_prompt_tokens=16, max_new_tokens=8, reference=other)
+    with policy.using(policy.reference):
+        pass
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert set(policy.trainable) == {name for name, learnt in before.items() if learnt}
+
+
+def test_adapters_that_cannot_be_switched_off_are_refused(folders):
+    base = Policy.from_pretrained(folders["base"], **LIMITS)
+    own = peft.LoraConfig(r=2, target_modules="all-linear", fan_in_fan_out=folders["kind"] == "gpt2")
+    base.model.add_adapter(own)
+    other = Policy.from_pretrained(folders["other"], **LIMITS)
+    with pytest.raises(ArgumentError, match=r"adapters can be switched off; wrap its model by `peft\.get_peft_model`"):
+        Policy(base.model, base.tokenizer, max_prompt_tokens=16, max_new_tokens=8, reference=other)
 
 
 def test_draws_and_mixtures_are_those_of_the_reference(folders):

@@ -44,6 +44,7 @@ class Faulty:
 
 
 class TestCalibration:
+    @pytest.mark.slow
     def test_a_right_posterior_passes_and_a_narrow_one_is_caught(self):
         design = comparisons(prompts=4)
         right = simulation_based_calibration(MODEL, design, CORRECTED, num_replicates=40)

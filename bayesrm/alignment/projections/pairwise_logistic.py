@@ -74,6 +74,11 @@ class PairwiseLogistic:
         """A pair, at least."""
         return 2, None
 
+    @property
+    def draws(self) -> tuple[str, ...] | None:
+        """The policy's own, where the score-function term needs them: it has no weights for others."""
+        return ("policy",) if self.score_function else None
+
     def __call__(
         self, log_probs: Float[Tensor, "prompts candidates"], posterior: ResponsePosterior
     ) -> Float[Tensor, "prompts"]:
