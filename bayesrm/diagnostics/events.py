@@ -48,10 +48,10 @@ class Events:
 def predicted_events(prediction: FeedbackPrediction) -> dict[str, Events]:
     """All events whose calibration can be judged, by name.
 
-    For every kind the likeliest answer (top-label calibration). Of choices "candidate chosen" and "tie", of rankings
-    "first place", of ratings "level at most j" for each j, and "approved". That a candidate is chosen is one event for
-    each candidate, pooled, so that nothing depends on the order in which candidates are listed: in data read from
-    `chosen` and `rejected` that order is the answer.
+    For every kind the likeliest answer (top-label calibration; of equally likely ones one at random, always the same).
+    Of choices "candidate chosen" and "tie", of rankings "first place", of ratings "level at most j" for each j, and
+    "approved". That a candidate is chosen is one event for each candidate, pooled, so that nothing depends on the order
+    in which candidates are listed: in data read from `chosen` and `rejected` that order is the answer.
 
     Args:
         prediction: From `posterior.predict_feedback(data)`. Rows whose outcomes are too many to enumerate are left out.
@@ -65,8 +65,7 @@ def predicted_events(prediction: FeedbackPrediction) -> dict[str, Events]:
             continue
         kind, width = group.label.split(".")[:2]
         probs, observed, rows = group.probs.numpy(), group.observed.numpy(), group.rows.numpy()
-        top = probs.argmax(1)
-        confidence = probs[np.arange(len(probs)), top]
+        top, confidence = _likeliest(probs)
         parts.setdefault(f"{kind}: likeliest answer", []).append((confidence, (top == observed).astype(float), rows))
         for name, member in _sets_of_outcomes(kind, int(width), group.outcomes.numpy()):
             happened = member[observed].astype(float)
@@ -97,7 +96,10 @@ def _sets_of_outcomes(kind: str, width: int, outcomes: NDArray[Any]) -> list[tup
 
 
 def top_label(prediction: FeedbackPrediction) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Probability of the likeliest outcome, whether it occurred, and the row, where outcomes are enumerated."""
+    """Probability of the likeliest outcome, whether it occurred, and the row, where outcomes are enumerated.
+
+    Of outcomes that are equally likely one is taken at random, always the same.
+    """
     likeliest = [found for name, found in predicted_events(prediction).items() if name.endswith(": likeliest answer")]
     return (
         np.concatenate([found.probability for found in likeliest]),
@@ -120,12 +122,23 @@ def top_choice(prediction: FeedbackPrediction) -> tuple[NDArray[np.float64], NDA
         if kind == "ranking":
             ((_, first),) = _sets_of_outcomes(kind, int(width), group.outcomes.numpy())
             probs, observed = probs @ first, first[observed].argmax(1)
-        top = probs.argmax(1)
-        parts.append((probs[np.arange(len(probs)), top], (top == observed).astype(float), group.rows.numpy()))
+        top, probability = _likeliest(probs)
+        parts.append((probability, (top == observed).astype(float), group.rows.numpy()))
     if not parts:
         raise ArgumentError("no row has outcomes that can be enumerated; calibration of its answers is undefined")
     confidence, occurred, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
     return confidence, occurred, rows
+
+
+def _likeliest(probs: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The likeliest outcome of each row and its probability; of outcomes that are equally likely one at random.
+
+    The first would be right each time where data list the chosen candidate first.
+    """
+    most = probs.max(1, keepdims=True)
+    among = probs >= most - 1e-12
+    order = np.random.default_rng(0).random(probs.shape)
+    return np.where(among, order, -1.0).argmax(1), most[:, 0]
 
 
 def randomised_pit(prediction: FeedbackPrediction, *, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

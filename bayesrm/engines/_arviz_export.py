@@ -20,6 +20,7 @@ from ._density import FeedbackDensity
 from ._evaluation import evaluations
 from ._settings import check_choice
 from .draws import JointDraws
+from .report import FitReport
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -98,7 +99,7 @@ def export(posterior: "Posterior", data: Comparisons, *, num_samples: int, seed:
     groups = {name: _dataset(group, coordinates) for name, group in variables.items() if group}
     if data.annotators:
         groups["constant_data"] = groups["constant_data"].assign_coords(annotator=coordinates["annotator"])
-    return inference_data(groups, _attributes(posterior, seed))
+    return inference_data(groups, run_attributes(posterior.report, seed))
 
 
 def _by_prompt(values: Tensor, prompts: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
@@ -225,8 +226,8 @@ def _constants(data: Comparisons, groups: Sequence[FeedbackGroup]) -> dict[str, 
     return variables
 
 
-def _attributes(posterior: "Posterior", seed: int) -> dict[str, str | int]:
-    report = posterior.report
+def run_attributes(report: FitReport, seed: int) -> dict[str, str | int]:
+    """What a data set of ArviZ says of the run that it came from; `seed` is that of the draws."""
     return {
         "inference_library": "bayesrm",
         "inference_library_version": __version__,

@@ -30,23 +30,27 @@ class Minima:
     iterations: int
 
 
-def minimise(objective: Callable[[Tensor], Tensor], x: Tensor, *, tolerance: float, max_iterations: int) -> Minima:
+def minimise(
+    objective: Callable[[Tensor, Tensor], Tensor], x: Tensor, *, tolerance: float, max_iterations: int
+) -> Minima:
     """Minimises M functions of D variables from M starts (Nocedal & Wright 2006, algorithm 7.5).
 
+    Only problems that still search are evaluated: one that has ended, or whose step was good, costs nothing more.
+
     Args:
-        objective: Values `(M,)` of all functions at points `(M, D)`; the value of each depends on its own point alone.
+        objective: Values `(K,)` at points `(K, D)` of the functions whose numbers `(K,)` are its second argument.
         x: Starts, shape `(M, D)`.
         tolerance: A problem has ended when its gradient's Euclidean norm is at most this.
         max_iterations: Most iterations.
     """
 
-    def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(point: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         point = point.detach().requires_grad_(True)
-        value = objective(point)
+        value = objective(point, which)
         (gradient,) = torch.autograd.grad(value.sum(), [point])
         return value.detach(), gradient
 
-    value, gradient = evaluate(x)
+    value, gradient = evaluate(x, torch.arange(len(x)))
     steps: list[Tensor] = []
     changes: list[Tensor] = []
     stuck = torch.zeros(len(x), dtype=torch.bool)
@@ -63,25 +67,25 @@ def minimise(objective: Callable[[Tensor], Tensor], x: Tensor, *, tolerance: flo
         slope = torch.where(uphill, -gradient.square().sum(1), slope)
         # Without pairs the gradient tells no length.
         t = torch.ones_like(value) if steps else 1.0 / gradient.norm(dim=1).clamp_min(1.0)
-        searching = active.clone()
+        searching = active.nonzero()[:, 0]
         new_x, new_value, new_gradient = x.clone(), value.clone(), gradient.clone()
         for _ in range(_HALVINGS):
-            trial = torch.where(searching[:, None], x + t[:, None] * direction, new_x)
-            found, slopes = evaluate(trial)
+            i = searching
+            trial = x[i] + t[i, None] * direction[i]
+            found, slopes = evaluate(trial, i)
             # Near a minimum the change drowns in rounding; there a step that shrinks the gradient is as good.
-            flat = (found - value).abs() <= 1e-11 * (1.0 + value.abs())
+            flat = (found - value[i]).abs() <= 1e-11 * (1.0 + value[i].abs())
             good = torch.isfinite(found) & (
-                (found <= value + _DECREASE * t * slope) | (flat & (slopes.norm(dim=1) < gradient.norm(dim=1)))
+                (found <= value[i] + _DECREASE * t[i] * slope[i])
+                | (flat & (slopes.norm(dim=1) < gradient[i].norm(dim=1)))
             )
-            taken = searching & good
-            new_x = torch.where(taken[:, None], trial, new_x)
-            new_value = torch.where(taken, found, new_value)
-            new_gradient = torch.where(taken[:, None], slopes, new_gradient)
-            searching = searching & ~good
-            if not bool(searching.any()):
+            taken = i[good]
+            new_x[taken], new_value[taken], new_gradient[taken] = trial[good], found[good], slopes[good]
+            searching = i[~good]
+            if not len(searching):
                 break
-            t = torch.where(searching, 0.5 * t, t)
-        stuck = stuck | searching
+            t[searching] *= 0.5
+        stuck[searching] = True
         steps.append(new_x - x)
         changes.append(new_gradient - gradient)
         if len(steps) > _HISTORY:

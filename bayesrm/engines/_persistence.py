@@ -6,7 +6,7 @@ That of a language-model reward also holds `adapter/`, the trained adapter and h
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .._typing import Tensor
 from ..errors import LikelihoodChangedWarning, PersistenceError
@@ -64,8 +64,8 @@ def load(path: str | Path, likelihood: Any = None) -> Posterior:
     if settings["type"] == "TrajectoryPosterior":
         from ._trajectory_persistence import load as load_trajectories
 
-        about_states: Any = load_trajectories(folder, likelihood)
-        return about_states  # type: ignore[no-any-return]
+        # Registered as a virtual subclass, which type checkers do not see.
+        return cast(Posterior, load_trajectories(folder, likelihood))
     program, changed = _program(settings["program"], likelihood, folder, tensors)
     for name in changed:
         warnings.warn(

@@ -12,7 +12,7 @@ from .._arviz import arviz, inference_data
 from .._typing import Tensor
 from ..data import Trajectories
 from ..rewards import StateReward
-from ._arviz_export import _STATISTICS, Variable, _attributes
+from ._arviz_export import _STATISTICS, Variable, run_attributes
 from ._evaluation import evaluations
 from ._state_rewards import DrawnRewards
 from ._trajectory_draws import feedback_density, reward_draws, spread_evenly
@@ -103,8 +103,7 @@ def export(
         "step": shown_steps,
     }
     datasets = {name: _dataset(variables, coordinates) for name, variables in groups.items() if variables}
-    # What it reads of a posterior is its report.
-    return inference_data(datasets, _attributes(posterior, seed))  # type: ignore[arg-type]
+    return inference_data(datasets, run_attributes(posterior.report, seed))
 
 
 def _dataset(variables: Mapping[str, Variable], coordinates: Mapping[str, NDArray[Any]]) -> Any:

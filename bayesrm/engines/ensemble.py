@@ -123,13 +123,15 @@ class Ensemble:
         weights = self._weights(problem, data, generator)
         size = problem.size
 
-        def objective(y: Tensor) -> Tensor:
+        def objective(y: Tensor, members: Tensor) -> Tensor:
             x = center + (y if root is None else y @ root.T)
             z, latents = x[:, :size], x[:, size:]
-            fit = problem.density.log_joints(problem.rewards(z), latents, weights)
+            given = None if weights is None else [w[members] for w in weights]
+            fit = problem.density.log_joints(problem.rewards(z), latents, given)
             if shifts is not None:
-                fit = fit + problem.density.log_priors(latents - shifts) - problem.density.log_priors(latents)
-            return 0.5 * (z - anchors).square().sum(1) - fit
+                moved = latents - shifts[members]
+                fit = fit + problem.density.log_priors(moved) - problem.density.log_priors(latents)
+            return 0.5 * (z - anchors[members]).square().sum(1) - fit
 
         start = torch.zeros(self.num_members, problem.dimension, dtype=torch.float64)
         if not program.head.is_linear:

@@ -74,5 +74,5 @@ class MLP:
         hidden = features
         for i in range(len(self.hidden)):
             fan_in = hidden.shape[-1]
-            hidden = act(hidden @ parameters[f"layer_{i}.weight"] / math.sqrt(fan_in) + parameters[f"layer_{i}.bias"])
-        return hidden @ parameters["output.weight"] / math.sqrt(hidden.shape[-1])
+            hidden = act(hidden @ (parameters[f"layer_{i}.weight"] / math.sqrt(fan_in)) + parameters[f"layer_{i}.bias"])
+        return hidden @ (parameters["output.weight"] / math.sqrt(hidden.shape[-1]))

@@ -13,7 +13,9 @@ from bayesrm.diagnostics import (
     predicted_events,
     randomised_pit,
     score_by_kind,
+    top_label,
 )
+from bayesrm.diagnostics.events import top_choice
 from bayesrm.engines import FeedbackPrediction, GroupPrediction
 from bayesrm.errors import ArgumentError
 from bayesrm.likelihoods.base import orderings
@@ -422,6 +424,15 @@ def test_events_of_every_kind_by_hand():
         np.testing.assert_allclose(found[name].probability, probability, atol=1e-12)
         assert found[name].occurred.tolist() == occurred
     assert found["ranking: first place"].rows.tolist() == [1, 1, 1]
+
+
+def test_of_equally_likely_answers_the_listed_first_is_no_better():
+    """Data with `chosen` and `rejected` list the answer first; who cannot tell them apart is right half the time."""
+    even = torch.full((2000, 2), 0.5, dtype=torch.float64)
+    p = joined(("choice.2", torch.arange(2), even, torch.zeros(2000, dtype=torch.int64)))
+    for _, occurred, _ in (top_label(p), top_choice(p)):
+        # Four standard errors.
+        assert abs(occurred.mean() - 0.5) < 4 * 0.5 / 2000**0.5
 
 
 def test_the_order_of_candidates_does_not_matter():

@@ -140,8 +140,8 @@ def test_dual_coordinates_spread_like_primal_ones():
     generator = torch.Generator().manual_seed(1)
     anchors = torch.randn(3000, 9, generator=generator, dtype=torch.float64)
 
-    def objective(z):
-        return 0.5 * (z - anchors).square().sum(1) - problem.density.log_joints(problem.rewards(z), z[:, :0])
+    def objective(z, members):
+        return 0.5 * (z - anchors[members]).square().sum(1) - problem.density.log_joints(problem.rewards(z), z[:, :0])
 
     from bayesrm.engines._batched_lbfgs import minimise
 
