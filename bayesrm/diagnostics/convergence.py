@@ -1,6 +1,7 @@
 """Did the Markov chains converge? R-hat, effective sample sizes, and the sampler's own warnings."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -164,7 +165,8 @@ def of_chains(
         raise ArgumentError(f"chains have {length} draws; R-hat needs at least {MIN_DRAWS}")
     if len(names) != values.shape[1]:
         raise ArgumentError(f"`names` has {len(names)} entries for {values.shape[1]} quantities")
-    moves = (values.amax(0) - values.amin(0)) > 1e-12 * values.abs().amax(0)
+    broken = ~torch.isfinite(values).all(0)
+    moves = broken | ((values.amax(0) - values.amin(0)) > 1e-12 * values.abs().amax(0))
     used = moves if bool(moves.any()) else torch.ones_like(moves)
     chains = values[:, used].reshape(num_chains, length, -1).detach().cpu().double().numpy()
     constant = not bool(moves.any()) and values.shape[1] > 0
@@ -216,7 +218,11 @@ def _problems(c: Convergence) -> list[str]:
     problems = []
     if c.num_chains == 1:
         problems.append("One chain cannot show whether chains agree; run at least 2, better 4.")
-    if c.names and bool(torch.isnan(c.mcse).all()):
+    broken = [name for name, mean in zip(c.names, c.mean.tolist(), strict=True) if not math.isfinite(mean)]
+    if broken:
+        shown = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
+        problems.append(f"{len(broken)} of {len(c.names)} quantities have draws that are no finite numbers: {shown}.")
+    if c.names and not broken and bool(torch.isnan(c.mcse).all()):
         problems.append("The chains never moved: all draws are equal.")
     disagree = torch.where(torch.isnan(c.r_hat), 0.0, c.r_hat)
     few = ~(c.ess_bulk >= ESS_PER_CHAIN * c.num_chains)
@@ -232,7 +238,7 @@ def _problems(c: Convergence) -> list[str]:
         if bool((known < least).any()):
             problems.append(
                 f"The {name} effective sample size is below {least} for {_count(known < least, c)} (smallest "
-                f"{float(known.min()):.0f} of {c.num_chains * c.num_draws} draws, of {c.names[int(known.argmin())]}): "
+                f"{float(known.min()):.1f} of {c.num_chains * c.num_draws} draws, of {c.names[int(known.argmin())]}): "
                 f"{doubtful} are uncertain; run longer chains."
             )
     if c.divergences:

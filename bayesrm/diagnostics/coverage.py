@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .._typing import Tensor
 from ..beliefs import RewardBelief
 from ..errors import ArgumentError
-from .bootstrap import Estimate, redrawn
+from .bootstrap import Estimate, check_resampling, redrawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,10 @@ def coverage(
         >>> round(found.covered[0].value, 3)
         0.667
     """
-    if isinstance(belief, torch.Tensor):
+    check_resampling(num_resamples, interval_level)
+    truth = torch.as_tensor(truth)
+    if not isinstance(belief, RewardBelief):
+        belief = torch.as_tensor(belief)
         if belief.dim() != 3:
             raise ArgumentError(f"`belief` has shape {tuple(belief.shape)}; draws have shape (S, prompts, candidates)")
         belief = RewardBelief.from_draws(belief)
@@ -94,6 +97,7 @@ def coverage(
     truth = torch.where(belief.valid, truth.to(belief.mean.dtype), torch.zeros_like(belief.mean))
     if not bool(torch.isfinite(truth).all()):
         raise ArgumentError("`truth` has entries of real candidates that are not finite")
+    clusters = None if clusters is None else np.asarray(clusters)
     if clusters is not None and len(clusters) != len(truth):
         raise ArgumentError(f"`clusters` has {len(clusters)} entries for {len(truth)} prompts; give one for each")
     rng = np.random.default_rng(seed)

@@ -97,7 +97,9 @@ def loo(
     A draw theta of the posterior is weighted by 1 / p(rows of the prompt | theta), and where the engine is approximate
     also by p(feedback, theta) / q(theta), which corrects it (Vehtari, Gelman & Gabry 2017, arXiv 1507.04544; Magnusson
     et al. 2019, arXiv 1904.10679). The result is about the *exact* posterior of the model whichever of Laplace,
-    SVI, NUTS or ImportanceSampling made the draws, with the prior precision that the fit used.
+    SVI, NUTS or ImportanceSampling made the draws, with the prior precision that the fit used. After Laplace on a head
+    that is not linear, or on adapters, the model is the linear one at the mode, not the network: the other engines'
+    results are about the network.
 
     A prompt with many rows moves the posterior so far that weights cannot follow; its k-hat is then above the threshold
     and its estimate is too high as a rule. `refit` fits those prompts anew without their rows, for instance

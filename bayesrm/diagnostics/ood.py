@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError
-from .bootstrap import Estimate, bootstrap
+from .bootstrap import Estimate, bootstrap, wilson
 
 
 def auroc(negative: NDArray[np.float64], positive: NDArray[np.float64]) -> float:
@@ -35,6 +35,9 @@ def ood_auroc(
 ) -> Estimate:
     """`auroc` of an uncertainty, one number a prompt, with a bootstrap interval over prompts.
 
+    Where redrawing does not change it, as between classes that are wholly apart, the interval is Wilson's, with as many
+    trials as the smaller class has prompts.
+
     Args:
         familiar: Uncertainties of familiar prompts, shape `(n,)`.
         unfamiliar: Those of unfamiliar ones, shape `(m,)`.
@@ -59,7 +62,10 @@ def ood_auroc(
             return float("nan")
         return auroc(values[index][~chosen], values[index][chosen])
 
-    return bootstrap(statistic, np.arange(len(values)), num_resamples=num_resamples, seed=seed)
+    found = bootstrap(statistic, np.arange(len(values)), num_resamples=num_resamples, seed=seed)
+    # Classes that are wholly apart stay so when they are redrawn, which says nothing of prompts that were not seen.
+    fewer = min(len(familiar), len(unfamiliar))
+    return found if found.low < found.high else wilson(found.value, fewer, found.level)
 
 
 def _check_scores(name: str, scores: NDArray[np.float64]) -> None:

@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 
+#: Probabilities that differ by no more are equal but for rounding.
+_EQUAL = 1e-9
+
 
 @dataclasses.dataclass(frozen=True)
 class Reliability:
@@ -41,19 +44,23 @@ def reliability(
         probability: Predicted probability of the event, shape `(rows,)`.
         occurred: Whether it occurred, 0 or 1, shape `(rows,)`.
         weight: Weight of each row, shape `(rows,)`; 1 by default.
-        num_bins: Number of bins; fewer when there are fewer rows.
+        num_bins: Number of bins; fewer when there are fewer rows, or fewer probabilities: equal ones share a bin.
 
     Raises:
-        ArgumentError: Shapes disagree, or there are no rows.
+        ArgumentError: Shapes disagree, there are no rows, or a probability is not between 0 and 1.
 
     Example:
         >>> round(reliability(np.array([0.2, 0.2, 0.8, 0.8]), np.array([0.0, 1.0, 1.0, 1.0]), num_bins=2).ece, 2)
         0.25
     """
+    probability, occurred = np.asarray(probability, dtype=np.float64), np.asarray(occurred, dtype=np.float64)
     if probability.shape != occurred.shape or len(probability) == 0:
         raise ArgumentError(
             f"`probability` has shape {probability.shape}, `occurred` {occurred.shape}; give equal, non-empty ones"
         )
+    if not ((probability >= -_EQUAL) & (probability <= 1 + _EQUAL)).all():
+        bad = int(np.flatnonzero(~((probability >= -_EQUAL) & (probability <= 1 + _EQUAL)))[0])
+        raise ArgumentError(f"`probability[{bad}]` is {probability[bad]}; probabilities lie between 0 and 1")
     weight = np.ones(len(probability)) if weight is None else weight
     bins = _bins(probability, weight, num_bins)
     return Reliability(
@@ -64,9 +71,18 @@ def reliability(
 
 
 def _bins(probability: NDArray[np.float64], weight: NDArray[np.float64], num_bins: int) -> list[NDArray[np.int64]]:
-    """Positions of the members of each bin: equal numbers of rows of positive weight, in order of probability."""
-    if num_bins < 1:
-        raise ArgumentError(f"`num_bins` is {num_bins}; at least 1 bin is needed")
+    """Positions of the members of each bin: equal numbers of rows of positive weight, in order of probability.
+
+    Rows of one probability stay together, wherever the middle of them falls: nothing but the order of rows would part
+    them, and there are fewer bins then.
+    """
+    if not isinstance(num_bins, int | np.integer) or num_bins < 1:
+        raise ArgumentError(f"`num_bins` is {num_bins}; a whole number, at least 1, is needed")
     order = np.argsort(probability, kind="stable")
     order = order[weight[order] > 0]
-    return [b for b in np.array_split(order, min(num_bins, len(order))) if len(b)]
+    count, bins = len(order), min(int(num_bins), len(order))
+    nominal = np.repeat(np.arange(bins), [len(part) for part in np.array_split(order, bins)])
+    starts = np.flatnonzero(np.diff(probability[order], prepend=-np.inf) > _EQUAL)
+    lengths = np.diff(starts, append=count)
+    label = np.repeat(nominal[starts + (lengths - 1) // 2], lengths)
+    return [order[label == i] for i in np.unique(label)]

@@ -1,6 +1,7 @@
 """Simulation-based calibration: does an engine, run on data of known origin, find the truth as often as it should?"""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from ._sbc_ranks import holm, normal_scores, uniformity_p_values
 _LEAST_REPLICATES = 10
 #: Adjusted p-values below this are reported as a wrong posterior.
 _DOUBT = 0.01
+#: Fewer replicates than this show gross faults alone.
+_FEW_REPLICATES = 100
 #: A larger share of refused fits leaves no verdict.
 _MOST_REFUSED = 0.02
 
@@ -76,6 +79,10 @@ class SBC:
     def __str__(self) -> str:
         worst = int(self.adjusted.argmin())
         verdict = "no sign of a wrong posterior"
+        if len(self.ranks) < _FEW_REPLICATES:
+            # Four standard errors of the standard deviation of n normal scores, sqrt(1 / 2n).
+            seen = 4.0 * math.sqrt(0.5 / len(self.ranks))
+            verdict += f"; so few show only gross faults, such as standard deviations {seen:.0%} off"
         if self.share_refused > _MOST_REFUSED:
             verdict = (
                 f"the posterior cannot be judged, for {self.share_refused:.0%} of the fits were refused (at most "

@@ -1,6 +1,7 @@
 """How well feedback was predicted: accuracy, negative log likelihood, Brier score, calibration errors."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,7 +11,17 @@ from ..engines.prediction import FeedbackPrediction
 from ..errors import ArgumentError
 from .bootstrap import Estimate, bootstrap, check_resampling
 from .brier import brier_score
-from .calibration import _absolute_interval, _bin_of, _cluster_sums, _root, _simulate, _squared_interval
+from .calibration import (
+    _absolute_interval,
+    _bin_of,
+    _cluster_sums,
+    _fewer_bins,
+    _root,
+    _simulate,
+    _squared_interval,
+    _unseen,
+    _widened,
+)
 from .events import Events, top_label
 
 
@@ -25,7 +36,8 @@ class Scores:
         accuracy: Share of rows whose likeliest outcome occurred.
         nll: Mean negative log predictive probability, nats a row.
         brier: Mean Brier score.
-        ece: Expected calibration error of the likeliest outcome, 10 bins of equal size. It is positive even for perfect
+        ece: Expected calibration error of the likeliest outcome, 10 bins of equal size (fewer where prompts or
+            probabilities are few, see `check_calibration`). It is positive even for perfect
             predictions; compare it between models on the same rows. Its interval says how much it would vary, with the
             upward bias that redrawing adds taken out; whether predictions are calibrated is for `calibration_error`.
         calibration_error: Debiased root mean squared calibration error of the likeliest outcome, see
@@ -41,7 +53,7 @@ class Scores:
 
 def score(
     prediction: FeedbackPrediction,
-    prompts: NDArray[np.int64],
+    prompts: NDArray[np.int64] | Sequence[int],
     *,
     num_resamples: int = 1000,
     level: float = 0.95,
@@ -60,7 +72,7 @@ def score(
         ArgumentError: `prompts` has not one prompt for each row, names fewer than two, or a setting is out of range.
     """
     check_resampling(num_resamples, level)
-    _check_prompts(prompts, prediction)
+    prompts = _checked(prompts, prediction)
     weight = prediction.weight.numpy()
     nll = -prediction.log_prob.numpy()
     brier = np.full(len(nll), np.nan)
@@ -82,24 +94,26 @@ def score(
     if (~np.isnan(brier) & (weight > 0)).any():
         confidence, occurred, rows = top_label(prediction)
         likeliest = Events(confidence, occurred, rows, weight[rows]).counted()
-        bin_of = _bin_of(likeliest, 10)
+        bin_of = _bin_of(likeliest, _fewer_bins(likeliest, prompts, 10))
         sums = _cluster_sums(likeliest, prompts, bin_of)
         null = _simulate(likeliest, prompts, bin_of, num_resamples, seed)
-        absolute = _absolute_interval(sums, num_resamples, level, seed)
+        unseen = _unseen(likeliest, prompts, level)
+        absolute = _widened(_absolute_interval(sums, num_resamples, level, seed), unseen, least=0.0)
         root = _root(_squared_interval(sums, num_resamples, level, seed, null.p_value))
+        root = _widened(root, unseen, least=0.0)
     return Scores(interval(prediction.correct.numpy()), interval(nll), interval(brier), absolute, root)
 
 
 def score_by_kind(
     prediction: FeedbackPrediction,
-    prompts: NDArray[np.int64],
+    prompts: NDArray[np.int64] | Sequence[int],
     *,
     num_resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Scores]:
     """`score` of each kind of feedback by itself: choices, rankings, ratings, approvals."""
-    _check_prompts(prompts, prediction)
+    prompts = _checked(prompts, prediction)
     kinds = dict.fromkeys(group.label.split(".")[0] for group in prediction.groups)
     result = {}
     for kind in kinds:
@@ -112,9 +126,11 @@ def score_by_kind(
     return result
 
 
-def _check_prompts(prompts: NDArray[np.int64], prediction: FeedbackPrediction) -> None:
+def _checked(prompts: NDArray[np.int64] | Sequence[int], prediction: FeedbackPrediction) -> NDArray[np.int64]:
+    prompts = np.asarray(prompts)
     if prompts.shape != (len(prediction.log_prob),):
         raise ArgumentError(
             f"`prompts` has shape {prompts.shape}, the prediction {len(prediction.log_prob)} rows; give the prompt of "
             "each row, `data.prompt_of_row`"
         )
+    return prompts

@@ -2,7 +2,7 @@
 
 Anchored members are drawn towards a draw of the prior (Osband et al., "Randomized prior functions", 1806.03335; Pearce
 et al., "Uncertainty in neural networks: approximately Bayesian ensembling", 1810.05546); bootstrap members weigh the
-prompts by the Bayesian bootstrap (Rubin, "The Bayesian bootstrap", 1981).
+prompts, or few prompts' rows, by the Bayesian bootstrap (Rubin, "The Bayesian bootstrap", 1981).
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from ..data.groups import FeedbackGroup
 from ..errors import ArgumentError, EngineError
 from ..programs import RewardModel
 from ..rewards import LoRANetwork
+from ._bootstrap_units import bootstrap_units
 from ._curvature import FLAT, _prior_curvature
 from ._density import FeedbackDensity
 from ._lora_fit import train_network
@@ -159,10 +160,9 @@ class Member:
         return MovedPrior(tuple(((vectors * width) @ noise).tolist()))
 
     def reweighted(self, program: RewardModel, data: Comparisons, density: FeedbackDensity) -> FeedbackDensity:
-        """The density with each row's weight times the weight of its prompt, drawn from Exp(1)."""
-        rng = np.random.default_rng(self.weight_seed)
-        by_prompt = torch.from_numpy(rng.exponential(size=data.num_prompts))
-        by_row = by_prompt[torch.as_tensor(data.prompt_of_row)]
+        """The density with each row's weight times one drawn from Exp(1) for its unit, see `bootstrap_units`."""
+        rng, units = np.random.default_rng(self.weight_seed), bootstrap_units(data)
+        by_row = torch.from_numpy(rng.exponential(size=int(units.max()) + 1)[units])
 
         def weigh(group: FeedbackGroup) -> FeedbackGroup:
             return dataclasses.replace(group, weight=group.weight * by_row[group.rows].to(group.weight))

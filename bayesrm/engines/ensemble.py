@@ -14,6 +14,7 @@ from ..errors import ArgumentError, ConvergenceWarning, EngineError
 from ..programs import LanguageFeedback, RewardModel
 from ..rewards import LoRA, ProjectedHead
 from ._batched_lbfgs import minimise
+from ._bootstrap_units import bootstrap_units
 from ._curvature import FLAT, CurvatureKind, curvature
 from ._problem import Problem, make_problem
 from ._settings import check_choice, check_positive, check_real, check_training, settings_of
@@ -26,13 +27,14 @@ class Randomisation(enum.StrEnum):
     """What differs between the members."""
 
     BOTH = "both"
-    """Anchors and weights. For many comparisons the members are then spread like the posterior."""
+    """Anchors and weights. For many prompts the members are then spread like the posterior."""
     ANCHORED = "anchored"
     """Each member's prior is centred at a draw of the prior (Osband et al. 2018, 1806.03335; Pearce et al. 2020,
     1810.05546). Without noise of the data it is too narrow where these inform."""
     BOOTSTRAP = "bootstrap"
-    """Each prompt's rows get an exponential random weight (Rubin 1981; Newton & Raftery 1994). Without anchors the
-    members agree wherever no data are: what was never seen looks certain."""
+    """Each prompt's rows get an exponential random weight (Rubin 1981; Newton & Raftery 1994); where there are fewer
+    than 20 prompts, as in a tournament among items, each row. Without anchors the members agree wherever no data are:
+    what was never seen looks certain."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,10 +205,10 @@ class Ensemble:
         """Weights of the rows of each group for each member, each of shape `(M, rows)`."""
         if not self.bootstrap:
             return None
-        prompts = torch.as_tensor(data.prompt_of_row)
-        uniform = torch.rand(self.num_members, data.num_prompts, generator=generator, dtype=torch.float64)
+        units = torch.as_tensor(bootstrap_units(data))
+        uniform = torch.rand(self.num_members, int(units.max()) + 1, generator=generator, dtype=torch.float64)
         factors = -torch.log(uniform.clamp_min(math.exp(-50.0)))
-        return [g.weight * factors[:, prompts[g.rows]] for g in problem.density.groups]
+        return [g.weight * factors[:, units[g.rows]] for g in problem.density.groups]
 
 
 def _conditioning(problem: Problem) -> tuple[Tensor, Tensor | None]:

@@ -107,7 +107,9 @@ class ImportanceSampling:
         if isinstance(program, GoodnessPosterior):
             return self._of_responses(program, data)
         begin = time.perf_counter()
-        proposal = self._proposal(program).fit(program, data, seed=seed, progress=progress)
+        engine = self._proposal(program)
+        approximate = engine.proposal if isinstance(engine, Laplace) else engine.fit
+        proposal = approximate(program, data, seed=seed, progress=progress)
         generator = torch.Generator().manual_seed(seed)
         whitening, x, log_ratio = self._weighted(proposal, data, generator)
         smoothed = pareto_smooth(log_ratio)

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import time
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from .._typing import Tensor
 from ..data import Comparisons
 from ..data.groups import FeedbackGroup
-from ..errors import ArgumentError, EngineError
+from ..errors import ApproximationWarning, ArgumentError, EngineError
 from ..programs import RewardModel
 from ..rewards import LoRA
 from ._curvature import Curvature, CurvatureKind
@@ -22,6 +23,9 @@ from ._settings import check_choice, check_optimiser, check_positive, make_repor
 from ._tangent import CHUNK, Coordinates, joint_precision, row_space
 from .gaussian_posterior import GaussianPosterior
 from .training import Training
+
+#: Below this share of the prior's standard deviation a linear model says nothing of what the feedback leaves open.
+SMALLEST_PRIOR_SHARE = 0.1
 
 
 class Structure(enum.StrEnum):
@@ -92,6 +96,10 @@ class Laplace:
     Raises:
         ArgumentError: A setting is not one of the known values.
 
+    Warns:
+        ApproximationWarning: When fitting a head that is not linear: at the mode it hardly reacts to its parameters, so
+            that the linear model takes for certain what the feedback leaves open.
+
     Example:
         >>> import bayesrm as brm, numpy as np
         >>> data = brm.Comparisons.from_arrays(np.eye(2), candidates=[[0, 1]] * 3, outcome=[0, 0, 1])
@@ -130,6 +138,21 @@ class Laplace:
 
     def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> GaussianPosterior:
         """The posterior, see `bayesrm.fit`."""
+        posterior = self.proposal(program, data, seed=seed, progress=progress)
+        share = posterior.report.diagnostics.get("linearised_prior_share")
+        if share is not None and share < SMALLEST_PRIOR_SHARE:
+            warnings.warn(
+                f"at the mode {type(program.head).__name__} hardly reacts to its parameters: its linear model has "
+                f"{share:.1g} of the prior's standard deviation of reward differences, so that what the feedback "
+                "leaves open looks certain; use Ensemble, NUTS or ImportanceSampling, whose target is the head itself, "
+                "or more feedback",
+                ApproximationWarning,
+                stacklevel=3,
+            )
+        return posterior
+
+    def proposal(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> GaussianPosterior:
+        """As `fit`, for whoever corrects the posterior: without a warning of what it misses."""
         begin = time.perf_counter()
         if isinstance(program.reward, LoRA):
             return self._fit_lora(program, data, seed=seed, progress=progress)
@@ -159,6 +182,10 @@ class Laplace:
             log_evidence, check = evidence(fitted.mode, factor), None
         report = make_report(self, fitted, data, seed, time.perf_counter() - begin)
         report = dataclasses.replace(report, log_evidence=log_evidence, curvature=c.kind, structure_check=check)
+        if fitted.prior_share is not None:
+            report = dataclasses.replace(
+                report, diagnostics={**report.diagnostics, "linearised_prior_share": fitted.prior_share}
+            )
         mode = torch.cat([fitted.mode.z, fitted.mode.latents])
         return GaussianPosterior(
             fitted.program, fitted.schema, report, fitted.expansion, fitted.whitening, mode, factor

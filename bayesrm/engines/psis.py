@@ -76,7 +76,7 @@ def pareto_smooth(log_weights: Float[Tensor, "draws"], *, relative_efficiency: f
         >>> pareto_smooth(0.1 * x).reliable, pareto_smooth(4.0 * x).reliable
         (True, False)
     """
-    values = log_weights.detach().cpu().double().numpy()
+    values = torch.as_tensor(log_weights).detach().cpu().double().numpy()
     if len(values) < MIN_DRAWS:
         raise ArgumentError(f"`log_weights` has {len(values)} entries; a tail can be fitted from {MIN_DRAWS} draws on")
     if np.isnan(values).any() or np.isposinf(values).any():

@@ -32,7 +32,9 @@ class FitReport:
             the training items' rewards, `reward_scale` before and `reward_change` on the way.
         training: Of a trained network: steps, planned steps, whether it was stopped early.
         diagnostics: What an engine of draws or a variational one found about itself: `k_hat` and `ess` of importance
-            weights; `divergences`, `r_hat` (largest), `ess` (smallest) of Markov chains; `elbo`, `elbo_std_error`.
+            weights; `divergences`, `r_hat` (largest), `ess` (smallest) of Markov chains; `elbo`, `elbo_std_error`;
+            `linearised_prior_share`, of Laplace on a network the prior standard deviation of reward differences under
+            the linear model over that of the network.
         data_digest: Digest of the feedback that was fitted, so that leave-one-out knows its own data again.
     """
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .._typing import Tensor
 from ..data import Comparisons
 from ..data.groups import FeedbackGroup
-from ..errors import ConvergenceWarning, EngineError
+from ..errors import ArgumentError, ConvergenceWarning, EngineError
 from ..programs import RewardModel
 from ..rewards import LoRA
 from ._guides import Guide, make_guide
@@ -32,6 +32,8 @@ _MORE_STEPS, _MIN_MORE, _MAX_RISE = 0.25, 50, 0.1
 _PARTS = 8
 #: Draws that the final bound is estimated from.
 _BOUND_DRAWS = 512
+#: Columns of a low-rank guide by default.
+_RANK = 10
 #: Draws that posteriors made of draws keep by default.
 _HEAD_DRAWS, _LORA_DRAWS = 1000, 32
 
@@ -91,7 +93,7 @@ class SVI:
     learning_rate: float = 0.02
     num_particles: int = 8
     batch_size: int | None = None
-    rank: int = 10
+    rank: int = _RANK
     num_samples: int | None = None
     training: Training = dataclasses.field(default_factory=Training)
     memory_gib: float = 8.0
@@ -107,12 +109,19 @@ class SVI:
         check_real("learning_rate", self.learning_rate)
         check_real("memory_gib", self.memory_gib)
         check_training(self.training)
+        if self.guide != "low_rank" and self.rank != _RANK:
+            raise ArgumentError(f"`rank` is of guide='low_rank', and `guide` is {self.guide!r}")
 
     def fit(self, program: RewardModel, data: Comparisons, *, seed: int, progress: bool) -> Posterior:
         """The closest normal posterior, see `bayesrm.fit`."""
         begin = time.perf_counter()
         if isinstance(program.reward, LoRA):
             return self._fit_lora(program, data, seed=seed, progress=progress)
+        if self.num_samples is not None and program.head.is_linear:
+            raise EngineError(
+                "`num_samples` is for heads that are not linear and for LoRA rewards, whose posteriors are made of "
+                "draws; this one is a normal distribution, and `posterior.draw(num_samples=...)` says how many"
+            )
         family = self.guide or "full_rank"
         problem = make_problem(
             program, data, seed=seed, progress=progress, memory_gib=self.memory_gib,

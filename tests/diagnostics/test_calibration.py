@@ -38,8 +38,11 @@ def test_scores_by_hand():
     assert scores.accuracy.value == pytest.approx(2 / 3)
     assert scores.nll.value == pytest.approx(-np.log([0.8, 0.4, 0.7]).mean())
     assert scores.brier.value == pytest.approx(np.mean([0.08, 0.72, 0.18]))
+    # Three prompts are too few for more than one bin: 0.7 was stated, 2 of 3 were right.
+    assert scores.ece.value == pytest.approx(0.7 - 2 / 3)
     # Three bins of one row each: |0.8 - 1|, |0.6 - 0|, |0.7 - 1|.
-    assert scores.ece.value == pytest.approx(np.mean([0.2, 0.6, 0.3]))
+    alone = diagnostics.reliability(np.array([0.8, 0.6, 0.7]), np.array([1.0, 0.0, 1.0]), num_bins=3)
+    assert alone.ece == pytest.approx(np.mean([0.2, 0.6, 0.3]))
 
 
 def test_a_row_of_weight_zero_does_not_count():
@@ -198,12 +201,12 @@ def test_corrected_reliability_has_no_bias_and_the_plain_one_has():
 
 def test_squared_error_is_the_mean_product_over_different_prompts():
     rng = np.random.default_rng(6)
-    p, o, w = rng.random(12), rng.integers(0, 2, 12).astype(float), rng.uniform(0.5, 2.0, 12)
-    prompts = rng.integers(0, 4, 12)
+    p, o, w = rng.random(30), rng.integers(0, 2, 30).astype(float), rng.uniform(0.5, 2.0, 30)
+    prompts = np.concatenate([np.arange(10), rng.integers(0, 10, 20)])
     check = check_calibration(independent(p, o, w), prompts, num_bins=2, num_resamples=2)
     order = np.argsort(p)
     expected = 0.0
-    for members in (order[:6], order[6:]):
+    for members in (order[:15], order[15:]):
         products = pairs = 0.0
         for i in members:
             for j in members:
@@ -552,3 +555,49 @@ def test_checks_refuse_nonsense():
                 call(**settings)
     with pytest.raises(ArgumentError, match=r"`clusters` has shape \(3, 1\)"):
         diagnostics.bootstrap(lambda i: 0.0, np.arange(3)[:, None])
+
+
+def test_equal_probabilities_share_a_bin_whatever_the_order_of_the_rows():
+    """A constant forecaster of an event that occurs so often is calibrated, also with its successes listed first."""
+    p, o, rows = np.full(100, 0.5), np.repeat([1.0, 0.0], 50), np.arange(100)
+    found = check_calibration(Events(p, o, rows, np.ones(100)), rows)
+    assert found.ece == 0.0
+    assert (found.brier.reliability, found.brier.resolution) == (0.0, 0.0)
+    assert len(found.curve.count) == 1
+    # Rounding does not part them either, and what differs is kept apart.
+    noisy = p + 1e-12 * np.random.default_rng(0).normal(size=100)
+    assert len(diagnostics.reliability(noisy, o).count) == 1
+    two = diagnostics.reliability(np.repeat([0.2, 0.8], 50), o)
+    np.testing.assert_allclose(two.confidence, [0.2, 0.8])
+    np.testing.assert_allclose(two.frequency, [1.0, 0.0])
+
+
+def test_intervals_of_a_calibration_error_have_a_width():
+    rows = np.arange(15)
+    # All occurred, at an even stated chance: redrawn prompts are all alike.
+    found = check_calibration(Events(np.full(15, 0.5), np.ones(15), rows, np.ones(15)), rows)
+    assert found.error.value == pytest.approx(0.5)
+    # Wilson: 15 of 15 leaves 0.20 to be seen.
+    assert found.error.low == pytest.approx(0.5 - 1.96**2 / (15 + 1.96**2), abs=1e-3)
+    assert found.gap.low < -0.5 < found.gap.high
+    # Few prompts of many rows each: the debiased square is negative however they are redrawn.
+    rng = np.random.default_rng(3)
+    p = np.repeat([0.2, 0.4, 0.6, 0.8], 100)
+    o = (rng.random(400) < p).astype(float)
+    few = check_calibration(Events(p, o, np.arange(400), np.ones(400)), np.repeat(np.arange(4), 100))
+    assert few.error.low == 0.0 < few.error.high
+
+
+def test_classes_that_are_wholly_apart_have_an_interval():
+    found = diagnostics.ood_auroc(np.array([0.1, 0.2]), np.array([0.8, 0.9]))
+    assert found.value == found.high == 1.0
+    assert found.low < 0.5
+
+
+def test_probabilities_and_prompts_are_checked():
+    with pytest.raises(ArgumentError, match=r"`probability\[0\]` is 1.5"):
+        diagnostics.reliability(np.array([1.5, 0.5]), np.array([1.0, 0.0]))
+    with pytest.raises(ArgumentError, match=r"`num_bins` is 0"):
+        diagnostics.reliability(np.array([0.5]), np.array([1.0]), num_bins=0)
+    p = prediction([[0.8, 0.2], [0.6, 0.4]], [0, 1])
+    assert diagnostics.score(p, [0, 1], num_resamples=5).nll.value > 0

@@ -228,3 +228,12 @@ def test_r_hat_is_for_chains_alone(engine):
     posterior = brm.fit(brm.RewardModel(brm.rewards.Linear(), brm.likelihoods.Ordinal()), data, inference=engine)
     with pytest.raises(ArgumentError, match=f"comes from {type(engine).__name__}, whose draws are not a Markov chain"):
         convergence(posterior, data)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_draws_that_are_no_numbers_are_a_problem(bad):
+    values = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values[7, 1] = bad
+    found = of_chains(values, ["a", "b"], num_chains=4)
+    assert found.names == ("a", "b")
+    assert any("no finite numbers: b" in problem for problem in found.problems)

@@ -23,7 +23,7 @@ from bayesrm.diagnostics import (
 )
 from bayesrm.diagnostics._rewardbench.compare import holm
 from bayesrm.diagnostics._rewardbench.sections import SECTIONS_V1
-from bayesrm.diagnostics._rewardbench.table import wilson
+from bayesrm.diagnostics.bootstrap import wilson
 from bayesrm.errors import ArgumentError, DataError
 
 FAST = {"num_resamples": 20}

@@ -427,3 +427,13 @@ def test_ranks_follow_their_definition():
     shares = (found.ranks[:, 0] + 0.5) / 1000
     # A share of 999 draws has a standard error of at most 0.016.
     np.testing.assert_allclose(shares, expected, atol=5 * 0.016)
+
+
+def test_gaussian_processes_are_ranked_too():
+    rng = np.random.default_rng(0)
+    pairs = np.arange(20).reshape(10, 2)
+    design = brm.Comparisons.from_arrays(rng.normal(size=(20, 2)), candidates=pairs, outcome=[0] * 10)
+    model = brm.RewardModel(brm.rewards.GaussianProcess(lengthscale=1.0), brm.likelihoods.BradleyTerry())
+    found = simulation_based_calibration(model, design, brm.Laplace(), num_replicates=12, num_draws=19)
+    assert "log joint" in found.names
+    assert "show only gross faults" in str(found)

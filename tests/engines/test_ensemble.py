@@ -84,12 +84,12 @@ def test_latents_whose_prior_has_linear_tails_stay_finite():
 
 
 def test_weights_are_exponential_and_shared_by_the_rows_of_a_prompt():
-    features = np.random.default_rng(0).normal(size=(40, 2))
-    pairs = np.arange(40).reshape(20, 2)
-    weight = np.linspace(0.5, 2.0, 20)
-    prompts = np.repeat(np.arange(5), 8)
+    features = np.random.default_rng(0).normal(size=(160, 2))
+    pairs = np.arange(160).reshape(80, 2)
+    weight = np.linspace(0.5, 2.0, 80)
+    prompts = np.repeat(np.arange(20), 8)
     data = brm.Comparisons.from_arrays(
-        features, candidates=pairs, outcome=np.zeros(20, int), prompt_index=prompts, weight=weight
+        features, candidates=pairs, outcome=np.zeros(80, int), prompt_index=prompts, weight=weight
     )
     model = brm.RewardModel(brm.rewards.Linear(standardize=False), L.BradleyTerry())
     engine = brm.Ensemble(num_members=2000)
@@ -194,3 +194,21 @@ def test_members_that_stop_early_are_told():
 def test_settings_are_checked(settings, message):
     with pytest.raises(ArgumentError, match=message):
         brm.Ensemble(**settings)
+
+
+def test_a_tournament_is_one_prompt_and_members_still_spread_like_the_posterior():
+    """One weight for all rows would move members along one direction."""
+    rng = np.random.default_rng(0)
+    items = np.eye(6)
+    pairs = np.array([(i, j) for i in range(6) for j in range(i)] * 20)
+    strength = rng.normal(size=6)
+    outcome = (rng.random(len(pairs)) > 1 / (1 + np.exp(strength[pairs[:, 1]] - strength[pairs[:, 0]]))).astype(int)
+    data = brm.Comparisons.from_arrays(items, candidates=pairs, outcome=outcome)
+    assert data.num_prompts == 1
+    model = brm.RewardModel(brm.rewards.Linear(standardize=False), L.BradleyTerry())
+    laplace = brm.fit(model, data).predict(candidates=[items]).differences().std[0]
+    for randomisation in ("bootstrap", "both"):
+        engine = brm.Ensemble(num_members=400, randomisation=randomisation)
+        found = brm.fit(model, data, inference=engine).predict(candidates=[items]).differences().std[0]
+        # A standard deviation of 400 draws is known to 3.5%, and 300 rows are many but not infinitely many.
+        torch.testing.assert_close(found[1:], laplace[1:], rtol=0.2, atol=0)

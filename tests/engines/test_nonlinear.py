@@ -1,11 +1,15 @@
 """MLP heads: the mode by an independent gradient, the linearised posterior by torch.func."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from torch.func import hessian, jacrev
 
 import bayesrm as brm
+from bayesrm.diagnostics._report._engine import engine
+from bayesrm.diagnostics._report._section import Status
 from bayesrm.engines._density import FeedbackDensity
 from bayesrm.rewards.heads import flatten, unflatten
 
@@ -16,7 +20,7 @@ L = brm.likelihoods
 
 @pytest.fixture(scope="module")
 def fitted():
-    model = brm.RewardModel(brm.rewards.MLP(hidden=(5, 3)), L.Davidson(), brm.priors.Gaussian(precision=0.5))
+    model = brm.RewardModel(brm.rewards.MLP(hidden=(5, 3)), L.Davidson(), brm.priors.Gaussian(precision=0.1))
     data = model.simulate(make_data(rows=120, num_features=3), seed=2).data
     return (
         model,
@@ -33,9 +37,9 @@ def test_mode_is_stationary_in_the_network_itself(fitted):
     u = posterior.mode[posterior.report.num_coordinates :].clone().requires_grad_(True)
     density = FeedbackDensity(model, data.groups())
     rewards = model.reward.apply(unflatten(point, shapes), torch.as_tensor(np.asarray(data.features)))
-    log_joint = density.log_joint(density.gather(rewards), u) - 0.25 * point @ point
+    log_joint = density.log_joint(density.gather(rewards), u) - 0.05 * point @ point
     gradient = torch.cat(torch.autograd.grad(log_joint, [point, u]))
-    # The stated norm is in units of the prior standard deviation, here sqrt(2).
+    # The stated norm is in units of the prior standard deviation, here sqrt(10).
     assert float(gradient.norm()) < 2e-5
 
 
@@ -59,7 +63,7 @@ def test_covariance_is_the_generalised_gauss_newton_one(fitted):
         return -torch.log_softmax(logits, 1).gather(1, outcome[:, None]).sum() + 0.5 * (u[0] - np.log(0.5)) ** 2
 
     h = hessian(negative, argnums=(0, 1))(rewards(point), u)
-    top = torch.cat([jacobian.T @ h[0][0] @ jacobian + 0.5 * torch.eye(len(point)), jacobian.T @ h[0][1]], 1)
+    top = torch.cat([jacobian.T @ h[0][0] @ jacobian + 0.1 * torch.eye(len(point)), jacobian.T @ h[0][1]], 1)
     bottom = torch.cat([h[1][0] @ jacobian, h[1][1]], 1)
     covariance = torch.linalg.inv(torch.cat([top, bottom]))[: len(point), : len(point)]
     new = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -70,7 +74,7 @@ def test_covariance_is_the_generalised_gauss_newton_one(fitted):
 
 
 def test_primal_equals_dual_around_one_mode():
-    model = brm.RewardModel(brm.rewards.MLP(hidden=(20,)), L.BradleyTerry())
+    model = brm.RewardModel(brm.rewards.MLP(hidden=(20,)), L.BradleyTerry(), brm.priors.Gaussian(precision=0.1))
     data = model.simulate(make_data(rows=15, num_features=3), seed=2).data
     settings = {"gradient_tolerance": 1e-6, "max_iterations": 5000}
     primal, dual = (
@@ -112,3 +116,30 @@ def test_tuned_precision_reaches_a_fixed_point():
     (gradient,) = torch.autograd.grad(log_joint, [point])
     assert once.report.converged
     assert float(gradient.norm()) / precision**0.5 < 2e-6
+
+
+def collapsed():
+    """So strong a prior, and so little feedback, that the mode is the point zero, where an MLP has no derivative."""
+    rng = np.random.default_rng(0)
+    pairs = np.arange(60).reshape(30, 2)
+    data = brm.Comparisons.from_arrays(rng.normal(size=(60, 3)), candidates=pairs, outcome=rng.integers(2, size=30))
+    return brm.RewardModel(brm.rewards.MLP(hidden=(4,)), L.BradleyTerry(), brm.priors.Gaussian(20.0)), data
+
+
+def test_laplace_says_when_its_linear_model_knows_everything_from_nothing():
+    model, data = collapsed()
+    with pytest.warns(brm.errors.ApproximationWarning, match="hardly reacts to its parameters"):
+        posterior = brm.fit(model, data, inference=brm.Laplace())
+    assert posterior.report.diagnostics["linearised_prior_share"] < 1e-4
+    section = engine(posterior, [])
+    assert section.status is Status.PROBLEM
+    assert "hardly reacts to its weights" in section.verdict
+
+
+def test_laplace_is_silent_where_the_network_reacts():
+    model, data = collapsed()
+    loose = brm.RewardModel(model.reward, model.likelihood, brm.priors.Gaussian(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", brm.errors.ApproximationWarning)
+        posterior = brm.fit(loose, data, inference=brm.Laplace())
+    assert posterior.report.diagnostics["linearised_prior_share"] > 0.1

@@ -14,7 +14,7 @@ import bayesrm as brm
 from bayesrm.backend import seeded
 from bayesrm.engines._problem import make_problem
 from bayesrm.engines.svi import _batches
-from bayesrm.errors import ArgumentError, ConvergenceWarning
+from bayesrm.errors import ArgumentError, ConvergenceWarning, EngineError
 
 from .conftest import make_data
 
@@ -223,3 +223,11 @@ def test_agrees_with_pyro_on_the_program():
     assert ((normal.mean.detach() - ours.mode) / std).abs().max() < 0.1
     found = normal.covariance_matrix.detach() / std / std[:, None]
     torch.testing.assert_close(found, covariance / std / std[:, None], rtol=0, atol=0.12)
+
+
+def test_settings_that_would_do_nothing_are_refused():
+    with pytest.raises(ArgumentError, match="`rank` is of guide='low_rank'"):
+        brm.SVI(guide="mean_field", rank=3)
+    model, data, _ = one_weight()
+    with pytest.raises(EngineError, match="`num_samples` is for heads that are not linear"):
+        brm.fit(model, data, inference=brm.SVI(num_samples=7))

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .._rewardbench.table import wilson
-from ..bootstrap import Estimate, bootstrap
+from ..bootstrap import Estimate, bootstrap, wilson
 from ..calibration import CalibrationCheck, check_calibration
 from ..events import Events, predicted_events, top_choice
 from ..plots import plot_reliability

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ...engines import FitReport, Posterior, TrajectoryPosterior
 from ...engines._chains import ESS_PER_CHAIN, R_HAT_OF_MANY, r_hat_limit
+from ...engines.laplace import SMALLEST_PRIOR_SHARE
 from ...engines.psis import MIN_DRAWS, k_hat_threshold
 from ._html import Html, element, join, table
 from ._section import Section, Status, badge, several, worst
@@ -45,7 +46,7 @@ def engine(posterior: Posterior | TrajectoryPosterior, extra: list[Check]) -> Se
     report = posterior.report
     name = report.engine["name"]
     checks = [*_point(report), *_optimum(report), *_training(report), *_structure(report), *_refinement(report),
-              *_weights(posterior), *_chains(posterior), *extra]  # fmt: skip
+              *_linearisation(report), *_weights(posterior), *_chains(posterior), *extra]  # fmt: skip
     failed = [c for c in checks if c.status in (Status.CAUTION, Status.PROBLEM)]
     status = worst([c.status for c in checks])
     if failed:
@@ -185,6 +186,23 @@ def _refinement(report: FitReport) -> list[Check]:
             Status.CAUTION if share > 0.25 else None,
             f"between the trained weights and the mode of the linear model rewards move by {share:.0%} of their scale.",
             "Train longer, or at a lower rate towards the end: far from the trained weights the linear model is worse.",
+        )
+    ]
+
+
+def _linearisation(report: FitReport) -> list[Check]:
+    share = report.diagnostics.get("linearised_prior_share")
+    if share is None:
+        return []
+    return [
+        judged(
+            "linear model at the mode",
+            f"{float(share):.2g} of the prior's standard deviation of reward differences",
+            f"at least {SMALLEST_PRIOR_SHARE}",
+            None if share >= SMALLEST_PRIOR_SHARE else Status.PROBLEM,
+            "at the mode the network hardly reacts to its weights, so that its linear model takes for certain what the "
+            "feedback leaves open.",
+            "Use an ensemble, NUTS or importance sampling, whose target is the network itself.",
         )
     ]
 

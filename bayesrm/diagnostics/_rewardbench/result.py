@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from ...errors import ArgumentError
-from ..bootstrap import Estimate
+from ..bootstrap import Estimate, wilson
 from ..calibration import CalibrationCheck, check_calibration
 from ..events import Events
 from .abstention import RiskCoverage, risk_coverage
 from .data import in_ties
 from .items import JudgedItems, Picks
 from .sections import RewardBenchSection, standard_sections, subset_shares
-from .table import percentiles, stratum_seed, wilson
+from .table import percentiles, stratum_seed
 
 
 @dataclasses.dataclass(frozen=True)
