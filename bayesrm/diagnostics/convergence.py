@@ -84,7 +84,8 @@ class Convergence:
 def convergence(posterior: Posterior, data: Comparisons | None = None, *, max_differences: int = 500) -> Convergence:
     """Checks Markov chains by what is identified: differences of rewards inside each prompt, and the latents.
 
-    The rewards themselves are looked at where the likelihood sees more than differences (ratings, approvals).
+    The rewards themselves are looked at where the likelihood sees more than differences (ratings, approvals). At least
+    100 effective draws a chain are wanted, which `report.converged` does not ask of chains shorter than 400 draws.
 
     Args:
         posterior: A posterior of NUTS.

@@ -103,6 +103,7 @@ def test_normal_scores_of_a_narrow_posterior_are_wide():
 # Calibration of engines.
 
 
+@pytest.mark.slow
 def test_a_right_posterior_passes_and_planted_faults_are_caught():
     right = simulation_based_calibration(MODEL, design(), CORRECTED, num_replicates=60)
     assert right.ranks.shape == (60, 4)
@@ -116,6 +117,7 @@ def test_a_right_posterior_passes_and_planted_faults_are_caught():
     assert "times as wide as it says" in str(narrow)
 
 
+@pytest.mark.slow
 def test_a_posterior_that_ignores_the_feedback_is_found_by_the_log_joint_alone():
     found = simulation_based_calibration(MODEL, design(rows=30), Prior(), num_replicates=40)
     assert found.names[-1] == "log joint"

@@ -293,6 +293,7 @@ def errors_world(rows, seed):
     return made, np.stack(places)
 
 
+@pytest.mark.slow
 def test_errors_are_found_in_a_world_with_known_errors(tmp_path):
     """Scores of held-out responses rank right words above errors; those of an untrained corrector do not."""
     program = declare(models.gpt2(tmp_path, width=32, spread=0.1), rank=0, precision=0.1)

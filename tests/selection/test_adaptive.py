@@ -99,6 +99,7 @@ def test_bad_input():
         AdaptiveBestOfN(cost=1.0).expected_gain(known([1.0, 2.0, 3.0]), 1)
 
 
+@pytest.mark.slow
 def test_fewer_samples_than_every_fixed_n_at_equal_expected_reward():
     """Prompts whose rewards are spread differently: what is saved on the narrow ones is spent on the wide ones."""
     rng = np.random.default_rng(0)
