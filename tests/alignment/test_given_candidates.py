@@ -171,12 +171,16 @@ class TestWhatAMethodTakes:
         with pytest.raises(ArgumentError, match=r"PairwiseLogistic learns from draws of policy .* no `candidates`"):
             self.go(load_method("sail"), pairs)
 
+    def test_margins_that_are_right_on_average_alone(self):
+        with pytest.raises(ArgumentError, match=r"SquaredLogRatio learns from draws of policy .* no `candidates`"):
+            self.go(load_method("inpo"), [texts[:2] for texts in GIVEN])
+
     def test_a_given_number(self):
         with pytest.raises(ArgumentError, match=r"`candidates`\[0\] holds 2 responses; BestAndWorst takes exactly 3"):
             self.go(load_method("bonbon", n=3))
         self.go(load_method("bonbon", n=2), [texts[:2] for texts in GIVEN])
 
-    @pytest.mark.parametrize("name", ["rlhf", "inpo", "dpo", "bond"])
+    @pytest.mark.parametrize("name", ["rlhf", "wind", "dpo", "bond"])
     def test_pairs_and_baselines_need_two(self, name):
         with pytest.raises(ArgumentError, match=r"`candidates`\[2\] holds 1 responses; \w+ takes at least 2"):
             self.go(load_method(name), [*GIVEN[:2], ["w1"], GIVEN[3]])

@@ -57,6 +57,11 @@ class SquaredLogRatio:
         """A pair, at least."""
         return 2, None
 
+    @property
+    def draws(self) -> tuple[str, ...] | None:
+        """The policy's own, where margins are right on average over its draws alone."""
+        return ("policy",) if self.margin == Margin.PREFERENCE.value else None
+
     def __call__(
         self, log_probs: Float[Tensor, "prompts candidates"], posterior: ResponsePosterior
     ) -> Float[Tensor, "prompts"]:
