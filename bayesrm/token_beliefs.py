@@ -84,6 +84,8 @@ class TokenBelief:
 
     def __getitem__(self, rows: slice | Sequence[int]) -> "TokenBelief":
         wanted = list(range(len(self)))[rows] if isinstance(rows, slice) else list(rows)
+        if any(isinstance(row, bool | np.bool_) for row in wanted):
+            raise ArgumentError(f"`rows` is {wanted}; give the numbers of responses, such as np.flatnonzero(mask)")
         longest = max((int(self.mask[row].sum()) for row in wanted), default=0)
         return TokenBelief(
             tuple(self.texts[row] for row in wanted), self.spans[wanted, :longest], self.mean[wanted, :longest],
@@ -152,7 +154,10 @@ class TokenBelief:
             shared = shared + (around * around.sum(2, keepdim=True)).sum(0) / (len(around) - 1)
         whole = shared.sum(1, keepdim=True)
         equal = self.mask.to(self.mean) / self.mask.sum(1, keepdim=True)
-        share = torch.where(whole > 0, shared / torch.where(whole > 0, whole, 1.0), equal)
+        # Tokens may vary while their sum does not: what rounding leaves of its variance is none.
+        least = 100 * torch.finfo(self.mean.dtype).eps * self.total_std.square().sum(1, keepdim=True)
+        varies = whole > least * self.mask.sum(1, keepdim=True)
+        share = torch.where(varies, shared / torch.where(varies, whole, 1.0), equal)
         surplus = (given.to(self.mean) - self.mean.sum(1))[:, None]
         # Rounding alone makes it negative.
         left = (self.total_std.square() - shared * share).clamp_min(0.0)

@@ -17,6 +17,7 @@ def build(
     max_new_tokens: int = 256,
     precision: float = 1.0,
     discount: float = 1.0,
+    rationality: float = 1.0,
     temperature: float = 1.0,
 ) -> brm.InverseRL:
     """Declares the program.
@@ -30,11 +31,10 @@ def build(
         max_new_tokens: Most tokens of a response.
         precision: Prior precision of the reward of a token.
         discount: What the reward of the next token is worth now.
+        rationality: Inverse temperature of whoever writes.
         temperature: Scale of the noise of a choice, in units of reward.
     """
-    reward = brm.rewards.TokenReward(
-        model, rank=rank, target_modules=targets, values=values, max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-    )  # fmt: skip
-    likelihood = brm.likelihoods.BradleyTerry(temperature=temperature)
-    return brm.InverseRL(reward, likelihood, brm.priors.Gaussian(precision=precision), discount=discount)
+    reward = brm.rewards.TokenReward(model, rank=rank, target_modules=targets, values=values,
+                                     max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)  # fmt: skip
+    likelihood, prior = brm.likelihoods.BradleyTerry(temperature=temperature), brm.priors.Gaussian(precision)
+    return brm.InverseRL(reward, likelihood, prior, discount=discount, rationality=rationality)

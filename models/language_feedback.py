@@ -3,6 +3,8 @@
 Sequence-to-sequence reward modelling: Zhou et al., 2409.00162; it learns from comparisons or human corrections.
 """
 
+from typing import Any
+
 import bayesrm as brm
 
 
@@ -14,9 +16,7 @@ def build(
     max_prompt_tokens: int = 512,
     max_response_tokens: int = 256,
     precision: float = 1.0,
-    scoring: str = "divergence",
-    agreement: float = 1.0,
-    departure: float = -1.0,
+    **scores: Any,
 ) -> brm.programs.LanguageFeedback:
     """Declares the program.
 
@@ -27,11 +27,8 @@ def build(
         max_prompt_tokens: Most tokens of the prompt.
         max_response_tokens: Most tokens of a response, read and written.
         precision: Prior precision of every weight, around the initialisation.
-        scoring: divergence (from what the model would write) or log_ratio (how much less probable a token is).
-        agreement: Score of a token before the first divergence.
-        departure: Score of a token that the model would not have written.
+        scores: Weights of the two mappings, and how tokens are scored, see `bayesrm.programs.LanguageFeedback`.
     """
     corrector = brm.rewards.Corrector(model, rank=rank, target_modules=targets, max_prompt_tokens=max_prompt_tokens,
                                       max_response_tokens=max_response_tokens)  # fmt: skip
-    prior = brm.priors.Gaussian(precision)
-    return brm.programs.LanguageFeedback(corrector, prior, scoring=scoring, agreement=agreement, departure=departure)
+    return brm.programs.LanguageFeedback(corrector=corrector, prior=brm.priors.Gaussian(precision), **scores)

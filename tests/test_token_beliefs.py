@@ -262,3 +262,18 @@ def test_shapes_that_disagree(name, change):
     # The type checks of the test run see it first.
     with pytest.raises((ArgumentError, TypeError), match=name):
         changed(**{name: change})(belief(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_that_vary_while_their_sum_does_not_share_equally(dtype):
+    """Scores of matches F, T, T and T, F, F sum to -1; rounding of their mean in thirds must not decide the shares."""
+    draws = torch.tensor([[-1, 0, 0], [1, -1, -1], [-1, 0, 0]], dtype=dtype)[:, None]
+    spans, mask = torch.tensor([[[0, 1], [1, 3], [3, 3]]]), torch.ones(1, 3, dtype=torch.bool)
+    b = TokenBelief(("a b",), spans, draws.mean(0), torch.zeros(1, 3, dtype=dtype), mask, draws)
+    shared = b.redistribute(torch.tensor([2.0], dtype=dtype)).mean
+    torch.testing.assert_close(shared, draws.mean(0) + 1.0)
+
+
+def test_masks_are_no_rows():
+    with pytest.raises(ArgumentError, match="give the numbers of responses"):
+        belief()[[True, False, True]]

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from ..beliefs import RewardBelief
 from ..data import Comparisons, Trajectories
-from ..diagnostics import Estimate, bootstrap, score
+from ..diagnostics import Estimate, bootstrap, credit_html, score
 from ..diagnostics._actions import action_scores, without_ties
-from ..engines import FeedbackPrediction, NetworkDraws, TrajectoryPosterior
+from ..engines import FeedbackPrediction, NetworkDraws, TokenPosterior, TrajectoryPosterior
+from ..errors import ArgumentError
 from ..rewards import ProjectedHead
+from ..rewards._checks import plain
 from . import _files, _parser
 from ._candidates import Candidates, holds_candidates, read_candidates
 from ._console import Console, dump
@@ -34,6 +36,9 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add_run(parser)
     add_data(parser)
     parser.add_argument("-o", "--output", metavar="FILE.jsonl", help="file for the predictions, one row a line")
+    parser.add_argument(
+        "--credit", metavar="FILE.html", help="page that shows which words of the candidates earned the reward"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
     parser.add_argument("--seed", type=_parser.Seed, default=0, help="seed of the integration points and the bootstrap")
     return _parser.parse(parser, arguments)
@@ -43,7 +48,14 @@ def run(settings: Namespace, console: Console) -> None:
     """Predicts, scores and writes."""
     if settings.output is not None:
         _files.check_output_file(settings.output, ".jsonl", overwrite=settings.overwrite)
+    if settings.credit is not None:
+        _files.check_output_file(settings.credit, ".html", overwrite=settings.overwrite)
     posterior = load_run(settings)
+    if settings.credit is not None and not isinstance(posterior, TokenPosterior):
+        raise ArgumentError(
+            f"`--credit` needs rewards of tokens, as `ava` and `language_feedback` have them; the run {settings.run} "
+            f"holds a {type(posterior).__name__}"
+        )
     record: dict[str, Any] = {"command": "predict", "run": settings.run, "output": settings.output}
     reading = {name: settings.data[name] for name in ("columns", "split")}
     if isinstance(posterior, TrajectoryPosterior):
@@ -61,6 +73,11 @@ def run(settings: Namespace, console: Console) -> None:
         candidates, refused = read_candidates(settings.data_source, on_bad_row=settings.data.on_bad_row, **reading)
         belief = posterior.predict(candidates.prompts, candidates.responses, progress=True)
         rows = list(candidate_rows(candidates, belief))
+        if settings.credit is not None:
+            assert isinstance(posterior, TokenPosterior)
+            _write_credit(posterior, candidates, settings.credit)
+            console.say(f"rewards of words written to {settings.credit}")
+            record["credit"] = settings.credit
         record |= {"prompts": len(rows), "refused": [{"row": row, "reason": reason} for row, reason in refused]}
         if settings.output is None:
             record["predictions"] = rows
@@ -68,6 +85,8 @@ def run(settings: Namespace, console: Console) -> None:
         if settings.output is None:
             text = "\n".join([_show(row) for row in rows] + [text])
     else:
+        if settings.credit is not None:
+            raise ArgumentError("`--credit` shows candidates: data with the columns `prompt` and `responses`")
         data = load_data(settings)
         console.say(f"{data.summary()}\n")
         if not isinstance(posterior.program.head, ProjectedHead | NetworkDraws):
@@ -84,6 +103,15 @@ def run(settings: Namespace, console: Console) -> None:
         text += f"\nwritten to {settings.output}"
     console.say(text)
     console.result(record)
+
+
+def _write_credit(posterior: TokenPosterior, candidates: Candidates, path: str) -> None:
+    """Writes the page of the rewards of all candidates' tokens."""
+    prompts = [p for p, texts in zip(candidates.prompts, candidates.responses, strict=True) for _ in texts]
+    belief = posterior.predict_tokens(prompts, [text for texts in candidates.responses for text in texts])
+    page = credit_html(belief, prompts=[plain(prompt) for prompt in prompts])
+    with _files.complete_files(_files.check_output_file(path, ".html", overwrite=True)) as (file,):
+        file.write_text(page, encoding="utf-8")
 
 
 def candidate_rows(candidates: Candidates, belief: RewardBelief) -> Iterator[dict[str, Any]]:

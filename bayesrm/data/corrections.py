@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from ._fields import BadRowError, Row, present, read_annotator, read_weight
+from ._fields import Row, present, read_annotator, read_weight
 from ._prompts import split_prompt
 from .formats import PROMPT, Format, Judgement
 from .records import Records
@@ -13,8 +13,6 @@ from .records import Records
 def _parse(row: Row, kind: str) -> Iterator[Judgement]:
     texts = [row[present(row, name)] for name in ("response", "corrected")]
     prompt, responses = split_prompt(row[present(row, *PROMPT)], texts, ("`response`", "`corrected`"))
-    if responses[0] == responses[1]:
-        raise BadRowError("`response` and `corrected` are the same text, so nothing was corrected; remove the row")
     yield Judgement(kind, prompt, responses, (), annotator=read_annotator(row), weight=read_weight(row))
 
 
@@ -22,7 +20,8 @@ def _parse(row: Row, kind: str) -> Iterator[Judgement]:
 class Corrections(Records):
     """Responses with their corrected form: columns `prompt`, `response` and `corrected`.
 
-    Texts are strings or lists of messages; a row may have `annotator` and `weight`.
+    Texts are strings or lists of messages; a row may have `annotator` and `weight`. A response that somebody read and
+    left as it was is its own correction.
 
     Example:
         >>> data = Corrections.load([{"prompt": "2 + 2?", "response": "5", "corrected": "4"}])

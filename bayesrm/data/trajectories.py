@@ -56,6 +56,11 @@ class Trajectories:
 
     def __post_init__(self) -> None:
         count = len(self.lengths)
+        if self.states.dtype == np.bool_:
+            raise DataError("the states are True and False; give numbers from 0 on, or features")
+        if np.issubdtype(self.states.dtype, np.integer) and self.states.ndim == 1:
+            # Small integers would index as a mask, or not at all.
+            object.__setattr__(self, "states", self.states.astype(np.int64, copy=False))
         if bool((self.lengths < 1).any()):
             raise DataError(f"trajectory {int(np.argmin(self.lengths))} has no step; leave it out")
         total = int(self.lengths.sum())
@@ -260,6 +265,8 @@ class Trajectories:
         Raises:
             ArgumentError: There is no such trajectory, one is named twice, or none is named.
         """
+        if np.asarray(trajectories).dtype == np.bool_:
+            raise ArgumentError("`trajectories` is True and False; name trajectories, such as np.flatnonzero(mask)")
         chosen = np.asarray(trajectories, dtype=np.int64)
         if not len(chosen) or len(np.unique(chosen)) < len(chosen) or chosen.min() < 0 or chosen.max() >= len(self):
             raise ArgumentError(

@@ -24,6 +24,7 @@ _STYLE = """
 .brm-credit-token { border-radius: 2px; padding-block: .1em }
 .brm-credit-token:hover { outline: 1px solid #4d5563 }
 .brm-credit-negative { text-decoration: underline solid #8a4b00 2px; text-underline-offset: .2em }
+.brm-credit-unread { color: #6b7280; text-decoration: line-through }
 .brm-credit-mark { color: #4d5563; font-size: .8em; user-select: none }
 .brm-credit-legend { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; align-items: center; font-size: .87rem;
   color: #4d5563; margin: .4rem 0 }
@@ -108,7 +109,8 @@ def _text(credit: "Credit", row: int, scale: float) -> Iterator[Html | str]:
         piece = text[max(start, done) : stop]
         done = max(done, stop)
         yield _token(credit, row, t, piece, scale)
-    yield text[done:]
+    unread = text[done:]
+    yield element("span", unread, class_="brm-credit-unread", title="cut here: not read") if unread.strip() else unread
 
 
 def _token(credit: "Credit", row: int, t: int, piece: str, scale: float) -> Html:

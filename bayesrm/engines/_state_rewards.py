@@ -10,6 +10,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from .._typing import Tensor
+from ..errors import DataError
 from ..programs import InverseRL
 from ..rewards import StateReward
 from ..rewards._state_network import StateNetwork
@@ -85,7 +86,12 @@ class NetworkRewards:
 
     def _inputs(self, states: NDArray[Any]) -> Tensor:
         assert isinstance(self.program.reward, StateReward)
-        return self.program.reward.inputs(states)
+        inputs, width = self.program.reward.inputs(states), len(self.network.center)
+        if inputs.shape[1] != width:
+            raise DataError(
+                f"the states have {inputs.shape[1]} features; the posterior was fitted on states of {width}"
+            )
+        return inputs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

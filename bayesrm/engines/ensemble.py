@@ -49,11 +49,12 @@ class Ensemble:
     Attributes:
         num_members: Number of members.
         randomisation: A `Randomisation`.
-        gradient_tolerance: Gradient norm of a member's mode, in units of the common posterior's standard deviation for
+        gradient_tolerance: Gradient norm of a head's mode, in units of the common posterior's standard deviation for
             linear heads and of the prior's for others.
-        max_iterations: Most iterations.
-        training: How LoRA weights are trained.
-        memory_gib: Refuse to start work that needs more memory than this.
+        max_iterations: Most iterations for heads.
+        training: How LoRA weights and correctors are trained. No gradient of all the data is taken where that ends:
+            `report.converged` says that no member stopped before its planned steps, and no more.
+        memory_gib: Refuse to start work on heads that needs more memory than this.
 
     Raises:
         ArgumentError: A setting is not one of the known values.

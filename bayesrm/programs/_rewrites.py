@@ -65,7 +65,9 @@ def rewrites_of(data: Comparisons | Corrections, *, correction_weight: float, id
     else:
         texts, found = _corrections(data)
     for worse, better, row, weight in found:
-        for source, factor in ((worse, correction_weight), (better, identity_weight)):
+        mappings = [(worse, correction_weight), (better, identity_weight)]
+        # A response that was left as it is shows what to keep, and nothing to correct.
+        for source, factor in mappings[1:] if worse == better else mappings:
             if weight * factor > 0.0:
                 key = (int(prompts[row]), source, better)
                 weights[key] = weights.get(key, 0.0) + weight * factor

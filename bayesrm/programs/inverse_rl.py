@@ -15,6 +15,7 @@ from ..errors import ArgumentError
 from ..likelihoods import BradleyTerry, Likelihood
 from ..priors import Gaussian
 from ..rewards import Linear, StateReward, TokenReward
+from ..rewards._checks import is_real
 from .reward_model import RewardModel
 
 
@@ -79,10 +80,10 @@ class InverseRL:
                 f"`reward` is {self.reward!r}; it is rewards.StateReward(...) for states and actions, or "
                 "rewards.TokenReward(...) for text"
             )
-        if not 0.0 < self.discount <= 1.0:
-            raise ArgumentError(f"`discount` is {self.discount}; it lies above 0, up to 1")
-        if not self.rationality > 0.0:
-            raise ArgumentError(f"`rationality` is {self.rationality}; it is a positive number")
+        if not (is_real(self.discount) and 0.0 < self.discount <= 1.0):
+            raise ArgumentError(f"`discount` is {self.discount!r}; it lies above 0, up to 1")
+        if not (is_real(self.rationality) and self.rationality > 0.0):
+            raise ArgumentError(f"`rationality` is {self.rationality!r}; it is a positive number")
         self.prior.check(("reward",))
         # It checks the likelihood.
         _ = self.feedback_model

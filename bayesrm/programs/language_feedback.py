@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..likelihoods import outcome
 from ..priors import Gaussian
 from ..rewards import Corrector, CorrectorNetwork
+from ..rewards._checks import is_real
 from ..rewards._corrector_scores import ScoreRule
 from ..rewards._corrector_tokens import Reading
 from ._rewrites import Rewrites, rewrites_of
@@ -79,8 +80,8 @@ class LanguageFeedback:
         if not isinstance(self.prior, Gaussian):
             raise ArgumentError(f"`prior` is {self.prior!r}; it is priors.Gaussian(...)")
         for name in ("identity_weight", "correction_weight"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ArgumentError(f"`{name}` is {getattr(self, name)}; it is 0 or a positive number")
+            if not (is_real(value := getattr(self, name)) and value >= 0.0):
+                raise ArgumentError(f"`{name}` is {value!r}; it is 0 or a positive number")
         if self.identity_weight == self.correction_weight == 0.0:
             raise ArgumentError("`identity_weight` and `correction_weight` are both 0, which leaves nothing to learn")
         # It checks the settings of scores.

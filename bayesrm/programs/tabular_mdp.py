@@ -172,14 +172,25 @@ class TabularMDP:
         values = self.soft_values(rewards, discount=discount, rationality=rationality)
         return ops.exp(ops.log_softmax(rationality * values, axis=-1))
 
-    def policy_value(self, policy: NDArray[np.float64], rewards: NDArray[np.float64], *, discount: float) -> float:
+    def policy_value(self, policy: Any, rewards: Any, *, discount: float) -> float:
         """Expected discounted sum of rewards from the start, without the entropy, exactly.
 
         Args:
             policy: Probabilities of the actions, shape `(S, A)`.
             rewards: Shape `(S,)`, or `(S, A)`.
             discount: Above 0 and below 1.
+
+        Raises:
+            ArgumentError: A shape is wrong, rows of the policy are no probabilities, or the discount is out of range.
         """
+        policy, rewards = _array("policy", policy, "(S, A)"), _array("rewards", rewards, "(S,) or (S, A)")
+        if not 0.0 < discount < 1.0:
+            raise ArgumentError(f"`discount` is {discount}; it lies above 0 and below 1, so that sums converge")
+        if rewards.shape not in ((self.num_states,), (self.num_states, self.num_actions)):
+            raise ArgumentError(
+                f"`rewards` has shape {rewards.shape}; it is {(self.num_states,)}, or "
+                f"{(self.num_states, self.num_actions)}"
+            )
         if policy.shape != (self.num_states, self.num_actions) or not np.allclose(policy.sum(1), 1.0, atol=1e-6):
             raise ArgumentError(f"`policy` must hold probabilities, shape {(self.num_states, self.num_actions)}")
         by_action = rewards[:, None] if rewards.ndim == 1 else rewards

@@ -1,5 +1,6 @@
 """Checks of settings and texts, with errors that name the argument or the item."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,11 @@ def check_integer(name: str, value: object, smallest: int | None = None) -> None
     if isinstance(value, bool) or not isinstance(value, int) or (smallest is not None and value < smallest):
         kind = "an integer" if smallest is None else f"an integer of at least {smallest}"
         raise ArgumentError(f"`{name}` must be {kind}, got {value!r}")
+
+
+def is_real(value: object) -> bool:
+    """Whether a value is a finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_device(device: Any) -> None:
@@ -64,6 +70,12 @@ def check_item(item: int, prompt: object, response: object) -> None:
                 f"item {item}: the {name} must be a string or a list of messages with `role` and `content`, "
                 f"got {type(text).__name__}"
             )
+        try:
+            plain(text).encode()  # type: ignore[arg-type]
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"item {item}: the {name} holds half of a surrogate pair at character {error.start}; repair it"
+            ) from None
         if name == "response" and not plain(text).strip():  # type: ignore[arg-type]
             raise DataError(f"item {item}: the response is empty; leave the item out")
 

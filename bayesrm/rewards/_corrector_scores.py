@@ -2,14 +2,13 @@
 
 import dataclasses
 import enum
-import math
 
 import torch
 from jaxtyping import Bool, Float
 
 from .._typing import Tensor
 from ..errors import ArgumentError
-from ._checks import as_member, check_choice
+from ._checks import as_member, check_choice, is_real
 
 
 class Scoring(enum.StrEnum):
@@ -56,8 +55,13 @@ class ScoreRule:
         as_member(Scoring, "scoring", self.scoring)
         check_choice("reduce", self.reduce, ("sum", "mean"))
         for name in ("agreement", "departure", "match_after"):
-            if not math.isfinite(getattr(self, name)):
-                raise ArgumentError(f"`{name}` is {getattr(self, name)}; it is a finite number")
+            if not is_real(value := getattr(self, name)):
+                raise ArgumentError(f"`{name}` is {value!r}; it is a finite number")
+        if not self.agreement > self.departure:
+            raise ArgumentError(
+                f"`agreement` is {self.agreement} and `departure` {self.departure}: tokens that the corrector would "
+                "change would earn at least as much; `agreement` is the larger one"
+            )
 
     def scores(self, matches: Bool[Tensor, "tokens"], log_ratios: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
         """Scores of the tokens of one response, float64.

@@ -1,6 +1,7 @@
 """Rewards of tokens from one or more correctors on one backbone."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ._tokens import token_spans
 from .corrector import Corrector
 from .corrector_network import CorrectorNetwork
 from .token_head import TokenScores
+
+_LOG = logging.getLogger(__name__)
 
 _ADAPTER, _DRAWS = "adapter", "corrector.safetensors"
 
@@ -70,6 +73,12 @@ class CorrectorScorer:
         """
         network = self.network
         readings = network.encode(prompts, responses, start=start)
+        if cut := sum(not reading.ended for reading in readings):
+            _LOG.warning(
+                "%d of %d responses have more than %d tokens: what comes after has no scores; raise "
+                "`max_response_tokens`, or refuse them by on_long='raise'",
+                cut, len(readings), network.settings.max_response_tokens,
+            )  # fmt: skip
         scores = [torch.zeros(self.num_draws, len(reading.response), dtype=torch.float64) for reading in readings]
         order = sorted(range(len(readings)), key=lambda item: -len(readings[item].tokens))
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]

@@ -1,6 +1,7 @@
 """Rewards and action values of states, for trajectories of an agent."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -72,6 +73,8 @@ class StateReward:
         check_integer("num_actions", self.num_actions, 2)
         if self.num_states is not None:
             check_integer("num_states", self.num_states, 1)
+        if not isinstance(self.hidden, Sequence) or isinstance(self.hidden, str):
+            raise ArgumentError(f"`hidden` is {self.hidden!r}; give the widths of the layers, such as (64, 64)")
         object.__setattr__(self, "hidden", tuple(self.hidden))
         for width in self.hidden:
             check_integer("hidden", width, 1)

@@ -80,6 +80,12 @@ def test_fit_select_and_report(program, kind, model, tmp_path, capsys):
     assert len(json.loads(capsys.readouterr().out)["picks"]) == 12
     assert main(["predict", run, source["pairs"], "--json"]) == 0
     assert np.isfinite(json.loads(capsys.readouterr().out)["metrics"]["nll"]["value"])
+    page = str(tmp_path / "credit.html")
+    assert main(["predict", run, source["candidates"], "--credit", page, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["credit"] == page
+    assert "brm-credit-token" in (tmp_path / "credit.html").read_text()
+    assert main(["predict", run, source["pairs"], "--credit", page, "--overwrite"]) == 2
+    assert "`--credit` shows candidates" in capsys.readouterr().err
     assert main(["report", run, source["pairs"], "-o", str(tmp_path / "report.html")]) == 0
     assert "<html" in (tmp_path / "report.html").read_text().lower()
 

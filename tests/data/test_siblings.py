@@ -71,7 +71,6 @@ def test_pairs_of_conversations():
         (Demonstrations, DEMONSTRATION | {"completion": " "}, "`completion` is empty"),
         (Demonstrations, DEMONSTRATION | {"weight": "much"}, "`weight` is 'much'"),
         (Demonstrations, {"prompt": None, "completion": "c"}, "`prompt` or `instruction` is null"),
-        (Corrections, CORRECTION | {"corrected": "r"}, "`response` and `corrected` are the same text"),
         (Corrections, CORRECTION | {"corrected": None}, "`corrected` is null"),
         (Conversations, CONVERSATION | {"choice": 3}, "`choice` is 3, but there are 3 conversations"),
         (Conversations, CONVERSATION | {"conversations": [talk("Hi", "A")]}, "`conversations` has 1 entries"),

@@ -93,3 +93,16 @@ def test_split_shares_out_all_trajectories():
     assert data.split(0.3, seed=1)[1].states.tolist() == test.states.tolist()
     with pytest.raises(ArgumentError, match="`test_fraction` is 1"):
         data.split(1.0, seed=0)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16])
+def test_numbered_states_are_whole_numbers_of_one_size(dtype):
+    data = Trajectories.from_arrays([np.array([0, 1], dtype=dtype)], [[0, 1]])
+    assert data.states.dtype == np.int64
+
+
+def test_truth_values_are_neither_states_nor_names():
+    with pytest.raises(DataError, match="the states are True and False"):
+        Trajectories.from_arrays([[True, False]], [[0, 1]])
+    with pytest.raises(ArgumentError, match="`trajectories` is True and False"):
+        make().select([False, True, True])

@@ -248,3 +248,14 @@ def test_page_is_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PersistenceError, match="cannot write"):
         save_credit_html(b, tmp_path / "file" / "credit.html")
+
+
+def test_what_was_not_read_is_marked():
+    text = "one two three"
+    spans = torch.tensor([[[0, 3], [3, 7]]])
+    b = TokenBelief((text,), spans, torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))
+    page = credit_html(b)
+    assert 'class="brm-credit-unread"' in page
+    assert "cut here: not read" in page
+    whole = torch.tensor([[[0, 3], [3, 13]]])
+    assert 'class="brm-credit-unread"' not in credit_html(TokenBelief((text,), whole, b.mean, b.std, b.mask))

@@ -306,3 +306,13 @@ def test_draws_hold_what_the_sampler_recorded(drawn):
     assert isinstance(drawn.rewards, DrawnRewards)
     assert all(len(values) == 120 for values in drawn.sample_stats.values())
     assert int(drawn.sample_stats["diverging"].sum()) == drawn.report.diagnostics["divergences"]
+
+
+def test_states_of_another_width_are_refused():
+    rng = np.random.default_rng(0)
+    data = Trajectories.from_arrays([rng.normal(size=(6, 3)) for _ in range(4)], [rng.integers(2, size=6)] * 4)
+    program = InverseRL(StateReward(2, hidden=(4,)))
+    posterior = brm.fit(program, data, inference=AVRIL(num_steps=2), seed=0)
+    for ask in (posterior.reward, posterior.policy):
+        with pytest.raises(DataError, match="the states have 1 features; the posterior was fitted on states of 3"):
+            ask([[1.0]])

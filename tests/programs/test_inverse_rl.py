@@ -200,6 +200,13 @@ def test_wrong_questions_are_named():
         mdp.soft_values(torch.zeros(4), discount=0.9, rationality=1.0)
     with pytest.raises(ArgumentError, match="`policy` must hold"):
         mdp.policy_value(np.ones((5, 3)), np.zeros(5), discount=0.9)
+    uniform = torch.full((5, 3), 1 / 3, dtype=torch.float64)
+    with pytest.raises(ArgumentError, match=r"`discount` is 1\.0"):
+        mdp.policy_value(uniform, np.zeros(5), discount=1.0)
+    with pytest.raises(ArgumentError, match=r"`rewards` has shape \(4,\)"):
+        mdp.policy_value(uniform, np.zeros(4), discount=0.5)
+    # A policy as `policy` returns it.
+    assert mdp.policy_value(uniform, torch.zeros(5), discount=0.5) == 0.0
 
 
 def normal(x, deviation):
@@ -255,3 +262,10 @@ def test_log_joint_with_dynamics_is_the_sum_by_hand_under_both_libraries(by_acti
 def test_without_dynamics_the_program_says_so():
     with pytest.raises(ArgumentError, match="the dynamics are not known"):
         InverseRL(StateReward(3, 5)).with_dynamics(torch.zeros(5, 3), torch.zeros(0, 5, 3))
+
+
+@pytest.mark.parametrize("settings", [{"discount": 1.5}, {"discount": float("nan")}, {"rationality": float("inf")}])
+def test_settings_are_checked(settings):
+    (name,) = settings
+    with pytest.raises(ArgumentError, match=f"`{name}` is "):
+        InverseRL(StateReward(2, 3), **settings)

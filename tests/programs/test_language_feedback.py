@@ -33,6 +33,21 @@ class TestRewrites:
         assert mappings(found) == {("q", "bad", "good"): 6.0, ("q", "good", "good"): 0.5}
         assert (len(found), found.corrections, found.tied_rows, found.masked_rows) == (2, 1, 0, 0)
 
+    def test_a_response_that_was_left_as_it_is_is_an_identity_alone(self):
+        rows = [
+            {"prompt": "q", "response": "good", "corrected": "good"},
+            {"prompt": "q", "response": "b", "corrected": "c"},
+        ]
+        program = dataclasses.replace(PROGRAM, identity_weight=0.25, correction_weight=3.0)
+        found = program.rewrites(brm.Corrections.load(rows))
+        assert mappings(found) == {("q", "good", "good"): 0.25, ("q", "b", "c"): 3.0, ("q", "c", "c"): 0.25}
+        assert found.corrections == 1
+
+    @pytest.mark.parametrize("settings", [{"identity_weight": float("inf")}, {"agreement": -1.0, "departure": 1.0}])
+    def test_settings_are_checked(self, settings):
+        with pytest.raises(ArgumentError, match=f"`{next(iter(settings))}` is"):
+            dataclasses.replace(PROGRAM, **settings)
+
     def test_several_candidates_are_pairs_with_the_best(self):
         choice = {"prompt": "q", "responses": ["a", "b", "c"], "choice": 1}
         found = mappings(PROGRAM.rewrites(brm.Comparisons.load([choice])))
