@@ -148,7 +148,7 @@ def test_the_reference_is_the_prior_of_the_target(lora):
     assert abs(report.rounds[0].kl_to_reference - exact) < 4.5 * variance**0.5 < exact
 
 
-@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.slow)])
 def test_a_run_is_resumed_with_its_reference_and_no_other(lora, tmp_path):
     def started(reference, **settings):
         base = policies.policy("gpt2", lora=lora)

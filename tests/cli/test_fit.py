@@ -45,7 +45,14 @@ def test_every_program_fits_saves_and_predicts(program, encoder, write, decided,
     assert metrics["nll"]["low"] <= metrics["nll"]["value"] <= metrics["nll"]["high"]
 
 
-@pytest.mark.parametrize("engine", [name for name in names("inference") if name.startswith("laplace_")])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(name, marks=[] if name in ("laplace_full", "laplace_kron") else [pytest.mark.slow])
+        for name in names("inference")
+        if name.startswith("laplace_")
+    ],
+)
 def test_every_laplace_engine_serves_adapters(engine, encoder, pairs, tmp_path, capsys):
     flags = ["--program.encoder", encoder, "--program.lora_rank", "2", "--engine.prior_precision", "given"]
     flags += ["--engine.max_steps", "3", "--engine.learning_rate", "1e-2", "--json"]

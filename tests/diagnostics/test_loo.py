@@ -120,6 +120,7 @@ def test_without_the_correction_laplace_misses_the_truth():
     assert abs(wrong.elpd - truth.sum()) > 0.3
 
 
+@pytest.mark.slow
 def test_the_monte_carlo_error_is_right():
     data = make_data()
     posterior = brm.fit(MODEL, data, inference=ENGINE)

@@ -576,6 +576,7 @@ def test_what_is_known_least_is_ranked_by_the_spread_of_the_preference(davidson)
     assert np.allclose(evidence.doubt(), draws.std(0), rtol=0.03, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_same_seed_same_page_and_no_global_state(davidson, tmp_path):
     posterior, _, test = davidson
     before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002

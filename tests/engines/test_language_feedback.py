@@ -194,7 +194,9 @@ class TestPosterior:
         assert isinstance(policy, Policy)
 
 
-@pytest.mark.parametrize("randomisation", ["both", "anchored", "bootstrap"])
+@pytest.mark.parametrize(
+    "randomisation", ["both", *(pytest.param(r, marks=pytest.mark.slow) for r in ("anchored", "bootstrap"))]
+)
 def test_members_are_those_that_are_trained_by_hand(gpt2, randomisation):
     data, program = pairs(8), declare(gpt2, precision=2.0)
     training = Training(max_steps=2, batch_size=4, learning_rate=5e-3)

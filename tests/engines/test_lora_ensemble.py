@@ -170,7 +170,7 @@ def test_members_are_drawn_to_their_anchors_where_the_prior_is_strong(path):
 
 
 def test_bootstrap_weights_are_exponential_and_shared_inside_a_prompt(path):
-    rows = pairs(8) + [row | {"prompt": "w9", "responses": [f"w1 w{i}", "w2"]} for i, row in enumerate(pairs(4))]
+    rows = pairs(20) + [row | {"prompt": "w9", "responses": [f"w1 w{i}", "w2"]} for i, row in enumerate(pairs(4))]
     rows[0]["weight"] = 0.0
     data = load(rows)
     model, _, density = setup(path, data, L.Davidson())
@@ -179,7 +179,7 @@ def test_bootstrap_weights_are_exponential_and_shared_inside_a_prompt(path):
     for number in range(80):
         [group] = Member.of(0, number).reweighted(model, data, density).groups
         assert torch.equal(group.weight == 0, plain.weight == 0)
-        same = group.weight[plain.rows >= 8]
+        same = group.weight[plain.rows >= 20]
         torch.testing.assert_close(same, same[:1].expand(4), rtol=0, atol=0)
         found.append(group.weight[plain.weight > 0][:7])
     found = torch.stack(found)

@@ -467,6 +467,7 @@ def _peft_name(site):
 
 
 class TestPersistence:
+    @pytest.mark.slow
     @pytest.mark.parametrize("structure", ["full", "sketch", "last_layer", "kron", "diag"])
     def test_a_fresh_process_predicts_the_same(self, path, data, structure, tmp_path):
         posterior = fit(path, data, structure=structure, sketch_rank=2, dtype="float32")

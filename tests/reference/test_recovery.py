@@ -137,7 +137,7 @@ SKEWED = {
 }
 
 # The cases that run in every test run; the others are marked slow.
-QUICK = ("bradley_terry", "approval")
+QUICK = ("bradley_terry",)
 
 
 def normal_scores(case: Case, replicate: int) -> list[float]:

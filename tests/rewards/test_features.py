@@ -600,6 +600,7 @@ def test_a_locked_file_is_reported_and_not_waited_for_without_end(tmp_path):
         assert len(cache) == 1
 
 
+@pytest.mark.slow
 def test_processes_that_write_one_file_lose_nothing(tmp_path):
     script = """
 import sys, pathlib, numpy as np
