@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -70,13 +70,14 @@ def check_item(item: int, prompt: object, response: object) -> None:
                 f"item {item}: the {name} must be a string or a list of messages with `role` and `content`, "
                 f"got {type(text).__name__}"
             )
+        words = plain(cast(Content, text))
         try:
-            plain(text).encode()  # type: ignore[arg-type]
+            words.encode()
         except UnicodeEncodeError as error:
             raise DataError(
                 f"item {item}: the {name} holds half of a surrogate pair at character {error.start}; repair it"
             ) from None
-        if name == "response" and not plain(text).strip():  # type: ignore[arg-type]
+        if name == "response" and not words.strip():
             raise DataError(f"item {item}: the response is empty; leave the item out")
 
 
